@@ -1,0 +1,159 @@
+"""Reading safetensors shards by tensor name, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pifa_vllm.checkpoint.schema import read_json
+from pifa_vllm.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies, and what its shard's header says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+class Shards:
+    """The tensors of a model directory, by name, over all of its safetensors shards.
+
+    Opening reads the headers only, which finds missing and truncated shards before any work is done.
+
+    Args:
+        directory: a Hugging Face model directory with model.safetensors, or an index and its shards.
+
+    Raises:
+        CheckpointError: naming the missing, truncated or unreadable file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.entries: dict[str, TensorEntry] = {}
+        index_path = directory / INDEX_NAME
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory; expected a Hugging Face model directory.")
+        if index_path.is_file():
+            self._open_index(index_path)
+        elif (directory / SINGLE_NAME).is_file():
+            for name, entry in _read_header(directory / SINGLE_NAME):
+                self.entries[name] = entry
+        else:
+            found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
+            raise CheckpointError(
+                f"{directory}: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}. Pickled weights are not "
+                "read; save the model with save_pretrained to get safetensors."
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return where `name` lies.
+
+        Raises:
+            CheckpointError: if no shard holds it.
+        """
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} is missing; its shards hold {len(self.entries)} other tensors."
+            ) from None
+
+    def load(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """Read one tensor in its stored dtype.
+
+        Raises:
+            CheckpointError: if it is missing or its shard cannot be read.
+        """
+        entry = self.entry(name)
+        try:
+            with safe_open(entry.file, framework="pt", device=str(device)) as shard:
+                tensor: Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({error}).") from error
+        return tensor
+
+    def load_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Read some rows of a matrix [m, n] without reading the rest: [rows, n], in the stored dtype."""
+        entry = self.entry(name)
+        unique, inverse = torch.unique(rows, return_inverse=True)
+        if unique.numel() and (int(unique[0]) < 0 or int(unique[-1]) >= entry.shape[0]):
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(unique[-1])} is asked for. "
+                "Do the tokenizer and the model belong together?"
+            )
+        with safe_open(entry.file, framework="pt", device="cpu") as shard:
+            view = shard.get_slice(name)
+            picked = torch.cat([view[int(row) : int(row) + 1] for row in unique])
+        return picked[inverse]
+
+    def _open_index(self, index_path: Path) -> None:
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise CheckpointError(
+                f"{index_path}: weight_map: expected an object of tensor name to file name."
+            )
+        headers: dict[str, dict[str, TensorEntry]] = {}
+        for file in sorted(set(weight_map.values())):
+            path = self.directory / file
+            if Path(file).name != file:
+                raise CheckpointError(f"{index_path}: weight_map: {file!r} is not a plain file name.")
+            if not path.is_file():
+                raise CheckpointError(f"{path}: shard is missing, but {index_path.name} names it.")
+            headers[file] = dict(_read_header(path))
+        for name, file in weight_map.items():
+            if name not in headers[file]:
+                raise CheckpointError(
+                    f"{self.directory / file}: tensor {name} is missing, but {index_path.name} places it here."
+                )
+            self.entries[name] = headers[file][name]
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118  # safe_open is no mapping
+                view = shard.get_slice(name)
+                dtype = _DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} has dtype {view.get_dtype()}, expected one of {sorted(_DTYPES)}."
+                    )
+                yield name, TensorEntry(path, tuple(view.get_shape()), dtype)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file, probably truncated or damaged "
+            f"({path.stat().st_size} bytes on disk; {error})."
+        ) from error

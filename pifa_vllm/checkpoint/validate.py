@@ -1,0 +1,187 @@
+"""What must hold of a PIFA checkpoint before anything allocates or launches for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pifa_vllm.checkpoint.schema import (
+    BIAS,
+    COEFFICIENTS,
+    PIVOT_ROWS,
+    PIVOT_WEIGHT,
+    PIFAConfig,
+    read_config,
+)
+from pifa_vllm.checkpoint.shards import Shards
+from pifa_vllm.errors import CheckpointError
+from pifa_vllm.factorization import PIFA
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One compressed module as its shard's header describes it; [m, n] is the full matrix."""
+
+    name: str
+    m: int
+    n: int
+    rank: int
+    dtype: torch.dtype
+    has_bias: bool
+    nbytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Kept numbers, r(m + n) - r²; indices and bias are not counted."""
+        return self.rank * self.n + (self.m - self.rank) * self.rank
+
+    @property
+    def density(self) -> float:
+        """Kept / dense parameters."""
+        return self.parameters / (self.m * self.n)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A PIFA directory whose headers have been checked.
+
+    Attributes:
+        config: the validated `quantization_config`.
+        shards: its tensors.
+        modules: the compressed modules, by name, in the order of `config.ranks`.
+    """
+
+    directory: Path
+    config: PIFAConfig
+    shards: Shards
+    modules: dict[str, ModuleEntry]
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Open a checkpoint, checking schema, names, shapes and dtypes against one another.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        config = read_config(directory)
+        shards = Shards(directory)
+        modules = {name: _check_module(shards, name, rank) for name, rank in config.ranks.items()}
+        suffixes = (f".{PIVOT_WEIGHT}", f".{COEFFICIENTS}", f".{PIVOT_ROWS}")
+        for tensor in shards.entries:
+            if tensor.endswith(suffixes) and tensor.rsplit(".", 1)[0] not in modules:
+                raise CheckpointError(
+                    f"{shards.entry(tensor).file}: tensor {tensor} belongs to a compressed module that "
+                    "quantization_config.ranks does not name."
+                )
+        return cls(directory, config, shards, modules)
+
+    def load(self, name: str) -> PIFA:
+        """Load one compressed module, checking its pivot rows and that every value is finite.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        entry = self.modules[name]
+        weight = self.shards.load(f"{name}.{PIVOT_WEIGHT}")
+        coefficients = self.shards.load(f"{name}.{COEFFICIENTS}")
+        rows = self.shards.load(f"{name}.{PIVOT_ROWS}")
+        source = str(self.shards.entry(f"{name}.{PIVOT_ROWS}").file)
+        check_pivot_rows(rows, entry.rank, entry.m, f"{source}: tensor {name}.{PIVOT_ROWS}")
+        for suffix, tensor in ((PIVOT_WEIGHT, weight), (COEFFICIENTS, coefficients)):
+            check_finite(tensor, f"{self.shards.entry(f'{name}.{suffix}').file}: tensor {name}.{suffix}")
+        return PIFA(weight, coefficients, rows)
+
+    def verify(self) -> None:
+        """Read every tensor: pivot rows sorted, unique and in range, all values finite.
+
+        Raises:
+            CheckpointError: at the first violation.
+        """
+        compressed = set()
+        for name in self.modules:
+            self.load(name)
+            compressed |= {f"{name}.{suffix}" for suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS)}
+        for name, entry in self.shards.entries.items():
+            if name not in compressed:
+                check_finite(self.shards.load(name), f"{entry.file}: tensor {name}")
+
+
+def check_pivot_rows(rows: Tensor, rank: int, m: int, source: str) -> None:
+    """Check that `rows` are `rank` strictly increasing indices in [0, m).
+
+    A row out of range would make a scatter kernel write out of bounds, so this comes before any launch.
+
+    Args:
+        rows: any tensor that claims to be pivot rows.
+        rank: expected length.
+        m: rows of the full matrix.
+        source: file and tensor to name in errors.
+
+    Raises:
+        CheckpointError: naming the first violation.
+    """
+    if rows.dtype != torch.int32 or tuple(rows.shape) != (rank,):
+        raise CheckpointError(f"{source}: expected int32 [{rank}], found {rows.dtype} {list(rows.shape)}.")
+    if rank == 0:
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= m:
+        raise CheckpointError(f"{source}: expected rows in [0, {m}), found {low if low < 0 else high}.")
+    steps = rows[1:] - rows[:-1]
+    if bool((steps <= 0).any()):
+        place = int((steps <= 0).nonzero()[0])
+        raise CheckpointError(
+            f"{source}: expected strictly increasing rows, found {int(rows[place])} followed by "
+            f"{int(rows[place + 1])} at index {place}."
+        )
+
+
+def check_finite(tensor: Tensor, source: str) -> None:
+    """Raise CheckpointError, naming `source`, if a floating tensor holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{source}: expected finite values, found {bad} NaN or infinite.")
+
+
+def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
+    if f"{name}.weight" in shards:
+        raise CheckpointError(
+            f"{shards.entry(f'{name}.weight').file}: tensor {name}.weight is dense, but "
+            f"quantization_config.ranks names {name} as compressed to rank {rank}."
+        )
+    weight = shards.entry(f"{name}.{PIVOT_WEIGHT}")
+    coefficients = shards.entry(f"{name}.{COEFFICIENTS}")
+    rows = shards.entry(f"{name}.{PIVOT_ROWS}")
+    if len(weight.shape) != 2 or weight.shape[0] != rank:
+        raise CheckpointError(
+            f"{weight.file}: tensor {name}.{PIVOT_WEIGHT}: expected [{rank}, in] as "
+            f"quantization_config.ranks says, found {list(weight.shape)}."
+        )
+    if len(coefficients.shape) != 2 or coefficients.shape[1] != rank:
+        raise CheckpointError(
+            f"{coefficients.file}: tensor {name}.{COEFFICIENTS}: expected [out - {rank}, {rank}], "
+            f"found {list(coefficients.shape)}."
+        )
+    if rows.shape != (rank,) or rows.dtype != torch.int32:
+        raise CheckpointError(
+            f"{rows.file}: tensor {name}.{PIVOT_ROWS}: expected int32 [{rank}], "
+            f"found {rows.dtype} {list(rows.shape)}."
+        )
+    if weight.dtype != coefficients.dtype or not weight.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{coefficients.file}: tensor {name}.{COEFFICIENTS}: expected the floating dtype of "
+            f"{PIVOT_WEIGHT}, {weight.dtype}, found {coefficients.dtype}."
+        )
+    m, n = coefficients.shape[0] + rank, weight.shape[1]
+    nbytes = weight.nbytes + coefficients.nbytes + rows.nbytes
+    has_bias = f"{name}.{BIAS}" in shards
+    if has_bias:
+        bias = shards.entry(f"{name}.{BIAS}")
+        if bias.shape != (m,):
+            raise CheckpointError(
+                f"{bias.file}: tensor {name}.{BIAS}: expected [{m}], found {list(bias.shape)}."
+            )
+    return ModuleEntry(name, m, n, rank, weight.dtype, has_bias, nbytes)

@@ -1,0 +1,145 @@
+"""Writing a checkpoint so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pifa_vllm.checkpoint.schema import BIAS, COEFFICIENTS, PIVOT_ROWS, PIVOT_WEIGHT, PIFAConfig
+from pifa_vllm.checkpoint.shards import INDEX_NAME, _read_header
+from pifa_vllm.errors import CheckpointError
+from pifa_vllm.factorization import PIFA
+
+# Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "compression_report.json"}
+
+
+class CheckpointWriter:
+    """Collects shards in `staging` and publishes them as `output` in one rename.
+
+    Shards are written to a temporary name, synced and renamed, so a shard that exists is complete. config.json
+    and the index come last: a staging directory that lacks them loads nowhere.
+
+    Args:
+        output: the directory to create; must not exist when `publish` is called.
+        staging: work directory on the same file system; created if needed, reused on resume.
+    """
+
+    def __init__(self, output: Path, staging: Path) -> None:
+        self.output = output
+        self.staging = staging
+        staging.mkdir(parents=True, exist_ok=True)
+
+    def write_shard(self, file: str, tensors: dict[str, Tensor]) -> None:
+        """Write one shard, whole or not at all.
+
+        Raises:
+            CheckpointError: if it cannot be written, the disk being full among the causes.
+        """
+        target = self.staging / file
+        scratch = self.staging / f".{file}.tmp"
+        try:
+            # Contiguous clones: a view would make safetensors write, or refuse, its whole base.
+            save_file({k: v.contiguous() for k, v in tensors.items()}, scratch, metadata={"format": "pt"})
+            sync(scratch)
+            os.replace(scratch, target)
+        except (OSError, SafetensorError) as error:
+            scratch.unlink(missing_ok=True)
+            raise write_error(target, error) from error
+
+    def write_json(self, file: str, value: dict[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, file: str, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        target = self.staging / file
+        scratch = self.staging / f".{file}.tmp"
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            sync(scratch)
+            os.replace(scratch, target)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise write_error(target, error) from error
+
+    def copy_companions(self, source: Path) -> None:
+        """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""
+        for pattern in _COMPANIONS:
+            for path in sorted(source.glob(pattern)):
+                if path.name not in _NOT_COMPANIONS:
+                    try:
+                        shutil.copyfile(path, self.staging / path.name)
+                    except OSError as error:
+                        raise write_error(self.staging / path.name, error) from error
+
+    def publish(self, model_config: dict[str, Any], pifa_config: PIFAConfig | None) -> None:
+        """Write index and config.json, then make the directory appear as `output`.
+
+        Args:
+            model_config: the dense model's config.json, kept as it is but for the dtype and our section.
+            pifa_config: None writes an ordinary dense checkpoint.
+
+        Raises:
+            CheckpointError: if `output` exists by now or a file cannot be written.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for path in sorted(self.staging.glob("*.safetensors")):
+            for name, entry in _read_header(path):
+                weight_map[name] = path.name
+                total += entry.nbytes
+        self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        config = {k: v for k, v in model_config.items() if k != "quantization_config"}
+        if pifa_config is not None:
+            config["quantization_config"] = pifa_config.model_dump()
+        self.write_json("config.json", config)
+        if self.output.exists():
+            raise CheckpointError(
+                f"{self.output}: exists by now, though it did not at the start; the finished checkpoint is kept "
+                f"in {self.staging}."
+            )
+        os.rename(self.staging, self.output)
+        sync(self.output.parent)
+
+
+def module_tensors(name: str, factors: PIFA, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name a compressed module's tensors as the format does, rounded to `dtype`."""
+    stored = factors.to(dtype)
+    tensors = {
+        f"{name}.{PIVOT_WEIGHT}": stored.pivot_weight,
+        f"{name}.{COEFFICIENTS}": stored.coefficients,
+        f"{name}.{PIVOT_ROWS}": stored.pivot_rows,
+    }
+    if bias is not None:
+        tensors[f"{name}.{BIAS}"] = bias.to(dtype)
+    return tensors
+
+
+def sync(path: Path) -> None:
+    """Push a file or directory entry to the disk, so that a power cut cannot undo a later rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(target: Path, error: Exception) -> CheckpointError:
+    """Describe a failed write; a full disk says how to go on."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return CheckpointError(
+            f"{target}: the disk is full. Finished layers are kept: free some space and run the same command again."
+        )
+    return CheckpointError(f"{target}: cannot be written ({error}).")
