@@ -1,0 +1,131 @@
+"""What compression_report.json holds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+REPORT_NAME = "compression_report.json"
+
+Method = Literal["svd", "svd-llm", "mpifa", "mpifa-exact"]
+Representation = Literal["pifa", "lowrank"]
+
+
+class _Entry(BaseModel):
+    # NaN and infinity are refused here: JSON cannot hold them, and a report must not hide them.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ModuleReport(_Entry):
+    """How one linear module [m, n] came out.
+
+    Attributes:
+        name: full module name, "model.layers.0.self_attn.q_proj".
+        layer: index of its decoder layer.
+        kind: last part of the name, "q_proj".
+        rank: kept rank; min(m, n) for a module that stays dense.
+        density: kept / dense parameters.
+        output_error: relative Frobenius error of its output against its target on the calibration inputs,
+            ‖Y - W'X‖ / ‖Y‖, in [0, 1] but for rounding.
+        weight_error: relative Frobenius error of the stored form, in its storage dtype, against the low-rank
+            product it stands for.
+        max_coefficient: max |C| of the pivoting form; 0 for plain low rank and dense modules.
+        seconds: wall time spent on it.
+        dense: True if it stays dense, under its usual tensor name.
+    """
+
+    name: str
+    layer: int = Field(ge=0)
+    kind: str
+    m: int = Field(gt=0)
+    n: int = Field(gt=0)
+    rank: int = Field(ge=0)
+    density: float = Field(ge=0.0)
+    output_error: float = Field(ge=0.0)
+    weight_error: float = Field(ge=0.0)
+    max_coefficient: float = Field(ge=0.0)
+    seconds: float = Field(ge=0.0)
+    dense: bool = False
+
+
+class LayerReport(_Entry):
+    """How far the compressed flow has moved away from the dense flow after one decoder layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        flow_error: ‖h_compressed - h_dense‖ / ‖h_dense‖ of the layer's output on the calibration tokens.
+        seconds: wall time of the whole layer.
+    """
+
+    layer: int = Field(ge=0)
+    flow_error: float = Field(ge=0.0)
+    seconds: float = Field(ge=0.0)
+
+
+class Evaluation(_Entry):
+    """One measured figure.
+
+    Attributes:
+        model: what was measured, "dense", "svd-llm", "mpifa", ...
+        metric: "perplexity" unless said otherwise.
+        value: the figure.
+        data: on which text or task, "WikiText-2 test, 4 windows of 2048".
+        tokens: number of scored tokens, if known.
+    """
+
+    model: str
+    metric: str = "perplexity"
+    value: float
+    data: str
+    tokens: int | None = None
+
+
+class CompressionReport(_Entry):
+    """One compression run.
+
+    Parameters and bytes are of the compressible linear modules (all seven kinds of every layer), except the two
+    `model_*_bytes`, which are of all tensors, embeddings included.
+
+    Attributes:
+        model: the source, as the user named it.
+        architecture: "LlamaForCausalLM".
+        density_target: what was asked for; recipes give the parameter-weighted mean of their targets.
+        density: kept_parameters / dense_parameters.
+        dtype: storage dtype, "float32", "bfloat16", "float16".
+        calibration: record of `CalibrationSet`; empty for methods that use no data.
+        options: every other option that bears on the result.
+        fingerprint: of model, data and options.
+        seconds: wall time; a resumed run's is the sum over its parts.
+        peak_rss_bytes: highest resident memory of the process.
+        versions: package name to version.
+        command: the command line that reproduces the run.
+        created: ISO 8601 date and time, UTC.
+    """
+
+    format_version: Literal[1] = 1
+    model: str
+    architecture: str
+    method: Method
+    representation: Representation
+    density_target: float
+    density: float
+    dense_parameters: int
+    kept_parameters: int
+    dense_bytes: int
+    kept_bytes: int
+    model_dense_bytes: int | None = None
+    model_kept_bytes: int | None = None
+    dtype: str
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: str
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    versions: dict[str, str] = Field(default_factory=dict)
+    command: str
+    created: str | None = None
+    modules: list[ModuleReport]
+    layers: list[LayerReport]
+    evaluation: list[Evaluation] = Field(default_factory=list)
