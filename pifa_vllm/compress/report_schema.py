@@ -84,8 +84,8 @@ class Evaluation(_Entry):
 class CompressionReport(_Entry):
     """One compression run.
 
-    Parameters and bytes are of the compressible linear modules (all seven kinds of every layer), except the two
-    `model_*_bytes`, which are of all tensors, embeddings included.
+    Parameters and bytes are of the compressible linear modules (all seven kinds of every layer); only
+    the two `model_*_bytes` are of all tensors, embeddings included.
 
     Attributes:
         model: the source, as the user named it.
