@@ -1,0 +1,63 @@
+"""PIFA checkpoints for the tests, made from small dense models without the compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards, read_json
+from pifa_vllm.checkpoint.writer import module_tensors
+from pifa_vllm.factorization import PIFA, factorize_dense
+
+RankOf = Callable[[str, int, int], int | None]
+
+
+def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: RankOf) -> None:
+    """Truncate the projections of a dense model and save the result twice: as PIFA, and as dense weights.
+
+    Args:
+        dense_dir: a Hugging Face directory.
+        pifa_dir: the PIFA checkpoint to create, in the dtype of the dense weights.
+        twin_dir: the dense checkpoint to create, which holds the matrices that the PIFA one stands for.
+        ranks: (module name, out features, in features) to a rank from 0 to min(out, in); None stays dense.
+    """
+    shards = Shards(dense_dir)
+    pifa: dict[str, Tensor] = {}
+    twin: dict[str, Tensor] = {}
+    kept: dict[str, int] = {}
+    parameters = dense_parameters = 0
+    for tensor_name in shards.entries:
+        tensor = shards.load(tensor_name)
+        module = tensor_name.removesuffix(".weight")
+        rank = None
+        if module.endswith("_proj"):
+            rank = ranks(module, *tensor.shape)
+            dense_parameters += tensor.numel()
+        if rank is None:
+            pifa[tensor_name] = twin[tensor_name] = tensor
+            parameters += tensor.numel() if module.endswith("_proj") else 0
+            continue
+        factors = _factors(tensor, rank)
+        kept[module] = factors.rank
+        parameters += factors.parameters
+        pifa |= module_tensors(module, factors, None, tensor.dtype)
+        twin[tensor_name] = factors.to(tensor.dtype).to(torch.float64).dense().to(tensor.dtype)
+
+    config = read_json(dense_dir / "config.json")
+    section = PIFAConfig(density=max(parameters, 1) / dense_parameters, ranks=kept)
+    for directory, tensors, pifa_config in ((pifa_dir, pifa, section), (twin_dir, twin, None)):
+        writer = CheckpointWriter(directory, directory.with_name(directory.name + ".staging"))
+        writer.copy_companions(dense_dir)
+        writer.write_shard("model.safetensors", tensors)
+        writer.publish(config, pifa_config)
+
+
+def _factors(weight: Tensor, rank: int) -> PIFA:
+    m, n = weight.shape
+    if rank == 0:
+        empty = torch.empty(0, dtype=torch.int32)
+        return PIFA(weight.new_empty(0, n), weight.new_empty(m, 0), empty)
+    return factorize_dense(weight, rank)
