@@ -131,14 +131,16 @@ def output_order(pivot_rows: Tensor, m: int) -> Tensor:
 def factorize(u: Tensor, v: Tensor, *, pivoting: Pivoting = "lu", max_coefficient: float = 1.05) -> PIFA:
     """Bring W = U V into pivoting form without ever forming W.
 
-    V is orthonormalised first and its triangular factor moved into U, so that the rows of U carry the geometry
-    of the rows of W and pivots can be chosen on the [m, r] matrix alone. LU with partial pivoting gives pivots
-    with a well-conditioned U[pivots]; swaps in the manner of maxvol (Goreinov et al., 2010) then bound |C|.
+    V is orthonormalised first and its triangular factor moved into U, so that the rows of U carry the
+    geometry of the rows of W and pivots can be chosen on the [m, r] matrix alone. LU with partial pivoting
+    gives pivots with a well-conditioned U[pivots]; swaps in the manner of maxvol (Goreinov et al., 2010) then
+    bound |C|.
 
     Args:
         u: [m, r], any floating dtype; computed in float64.
         v: [r, n].
-        pivoting: "lu" (BLAS-3, runs on any device) or "qr" (column-pivoted QR of Uᵀ, the reference, on the CPU).
+        pivoting: "lu" (BLAS-3, runs on any device) or "qr" (column-pivoted QR of Uᵀ, the reference, on the
+            CPU).
         max_coefficient: bound on |C| that the swaps aim for; 1 is the best that is always attainable.
 
     Returns:
@@ -212,10 +214,10 @@ def _drop_null_directions(left: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 def _lu_order(left: Tensor) -> Tensor:
     """Order the rows as LU with partial pivoting takes them, int64 [m]; the first k are the pivots."""
     _, pivots = torch.linalg.lu_factor(left)  # 1-based successive swaps, int32 [k]
-    order = np.arange(left.shape[0])
-    for i, p in enumerate(pivots.cpu().numpy() - 1):
-        order[[i, p]] = order[[p, i]]
-    return torch.from_numpy(order).to(left.device)
+    order = list(range(left.shape[0]))
+    for i, p in enumerate(pivots.tolist()):
+        order[i], order[p - 1] = order[p - 1], order[i]
+    return torch.tensor(order, device=left.device)
 
 
 def _qr_order(left: Tensor) -> Tensor:
@@ -256,4 +258,5 @@ def _bound_coefficients(left: Tensor, order: Tensor, rank: int, bound: float) ->
 
 def _solve_coefficients(left: Tensor, order: Tensor, rank: int) -> Tensor:
     pivots, rest = left[order[:rank]], left[order[rank:]]
-    return torch.linalg.solve(pivots, rest, left=False)  # C · U[pivots] = U[others]
+    coefficients: Tensor = torch.linalg.solve(pivots, rest, left=False)  # C · U[pivots] = U[others]
+    return coefficients

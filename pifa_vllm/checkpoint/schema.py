@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pifa_vllm.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 PIVOT_WEIGHT = "pivot_weight"
 COEFFICIENTS = "coefficients"
 PIVOT_ROWS = "pivot_rows"

@@ -71,8 +71,8 @@ class Shards:
         else:
             found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
             raise CheckpointError(
-                f"{directory}: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}. Pickled weights are not "
-                "read; save the model with save_pretrained to get safetensors."
+                f"{directory}: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}. Pickled weights are "
+                "not read; save the model with save_pretrained to get safetensors."
             )
 
     def __contains__(self, name: object) -> bool:
@@ -88,7 +88,7 @@ class Shards:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.directory}: tensor {name} is missing; its shards hold {len(self.entries)} other tensors."
+                f"{self.directory}: tensor {name} is missing; its shards hold {len(self.entries)} others."
             ) from None
 
     def load(self, name: str, device: str | torch.device = "cpu") -> Tensor:
@@ -111,8 +111,8 @@ class Shards:
         unique, inverse = torch.unique(rows, return_inverse=True)
         if unique.numel() and (int(unique[0]) < 0 or int(unique[-1]) >= entry.shape[0]):
             raise CheckpointError(
-                f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(unique[-1])} is asked for. "
-                "Do the tokenizer and the model belong together?"
+                f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(unique[-1])} is asked "
+                "for. Do the tokenizer and the model belong together?"
             )
         with safe_open(entry.file, framework="pt", device="cpu") as shard:
             view = shard.get_slice(name)
@@ -136,7 +136,8 @@ class Shards:
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise CheckpointError(
-                    f"{self.directory / file}: tensor {name} is missing, but {index_path.name} places it here."
+                    f"{self.directory / file}: tensor {name} is missing, but {index_path.name} places it "
+                    "here."
                 )
             self.entries[name] = headers[file][name]
 
@@ -149,7 +150,8 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
                 dtype = _DTYPES.get(view.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
-                        f"{path}: tensor {name} has dtype {view.get_dtype()}, expected one of {sorted(_DTYPES)}."
+                        f"{path}: tensor {name}: expected one of the dtypes {sorted(_DTYPES)}, "
+                        f"found {view.get_dtype()}."
                     )
                 yield name, TensorEntry(path, tuple(view.get_shape()), dtype)
     except (SafetensorError, OSError) as error:

@@ -27,8 +27,8 @@ _NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "compression_r
 class CheckpointWriter:
     """Collects shards in `staging` and publishes them as `output` in one rename.
 
-    Shards are written to a temporary name, synced and renamed, so a shard that exists is complete. config.json
-    and the index come last: a staging directory that lacks them loads nowhere.
+    Shards are written to a temporary name, synced and renamed, so a shard that exists is complete. The index
+    and config.json come last: a staging directory that lacks them loads nowhere.
 
     Args:
         output: the directory to create; must not exist when `publish` is called.
@@ -106,8 +106,8 @@ class CheckpointWriter:
         self.write_json("config.json", config)
         if self.output.exists():
             raise CheckpointError(
-                f"{self.output}: exists by now, though it did not at the start; the finished checkpoint is kept "
-                f"in {self.staging}."
+                f"{self.output}: exists by now, though it did not at the start; the finished checkpoint is "
+                f"kept in {self.staging}."
             )
         os.rename(self.staging, self.output)
         sync(self.output.parent)
@@ -140,6 +140,7 @@ def write_error(target: Path, error: Exception) -> CheckpointError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
         return CheckpointError(
-            f"{target}: the disk is full. Finished layers are kept: free some space and run the same command again."
+            f"{target}: the disk is full. Finished layers are kept: free some space and run the same command "
+            "again."
         )
     return CheckpointError(f"{target}: cannot be written ({error}).")
