@@ -4,4 +4,8 @@ Importing this package registers the `pifa` quantizer with transformers as soon 
 (see `pifa_vllm.hf`); it imports neither vLLM nor the compressor.
 """
 
+from pifa_vllm.registration import register as _register
+
 __version__ = "0.1.0"
+
+_register()
