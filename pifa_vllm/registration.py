@@ -2,8 +2,8 @@
 
 transformers has no entry points for quantizers, and importing them takes seconds, most of them for torch.
 Paying that in `import pifa_vllm` would slow down every `pifa-vllm --help` and every process that looks for
-vLLM plugins. So either the quantizers are there already and ours joins them at once, or a finder waits for that
-module, lets it load as usual, and steps aside.
+vLLM plugins. So either the quantizers are there already and ours joins them at once, or a finder waits for
+that module, lets it load as usual, and steps aside.
 """
 
 from __future__ import annotations
