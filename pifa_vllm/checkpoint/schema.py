@@ -48,7 +48,13 @@ class PIFAConfig(BaseModel):
         """
         if isinstance(section, dict) and section.get("quant_method") == "pifa":
             version = section.get("format_version")
-            if isinstance(version, int) and version > FORMAT_VERSION:
+            if type(version) is not int:
+                # The default is for writers only, and a Literal takes True and 1.0 for 1.
+                raise CheckpointError(
+                    f"{source}: quantization_config.format_version: expected {FORMAT_VERSION}, "
+                    f"found {version!r}."
+                )
+            if version > FORMAT_VERSION:
                 raise CheckpointError(
                     f"{source}: this PIFA checkpoint has format_version {version}, expected at most "
                     f"{FORMAT_VERSION}. Update pifa-vllm to read it."

@@ -50,6 +50,11 @@ class Shards:
 
     Opening reads the headers only, which finds missing and truncated shards before any work is done.
 
+    Attributes:
+        entries: every tensor by name, as model.safetensors or the index has it.
+        unindexed: (file, tensor name) of what the index does not place where it lies. It is not in
+            `entries`, but loaders that read whole shards see it.
+
     Args:
         directory: a Hugging Face model directory with model.safetensors, or an index and its shards.
 
@@ -60,6 +65,7 @@ class Shards:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.entries: dict[str, TensorEntry] = {}
+        self.unindexed: list[tuple[Path, str]] = []
         index_path = directory / INDEX_NAME
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; expected a Hugging Face model directory.")
@@ -109,9 +115,10 @@ class Shards:
         """Read some rows of a matrix [m, n] without reading the rest: [rows, n], in the stored dtype."""
         entry = self.entry(name)
         unique, inverse = torch.unique(rows, return_inverse=True)
-        if unique.numel() and (int(unique[0]) < 0 or int(unique[-1]) >= entry.shape[0]):
+        outside = unique[(unique < 0) | (unique >= entry.shape[0])]
+        if outside.numel():
             raise CheckpointError(
-                f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(unique[-1])} is asked "
+                f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(outside[0])} is asked "
                 "for. Do the tokenizer and the model belong together?"
             )
         with safe_open(entry.file, framework="pt", device="cpu") as shard:
@@ -128,8 +135,11 @@ class Shards:
         headers: dict[str, dict[str, TensorEntry]] = {}
         for file in sorted(set(weight_map.values())):
             path = self.directory / file
-            if Path(file).name != file:
-                raise CheckpointError(f"{index_path}: weight_map: {file!r} is not a plain file name.")
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{index_path}: weight_map: expected names of safetensors files in this directory, "
+                    f"found {file!r}."
+                )
             if not path.is_file():
                 raise CheckpointError(f"{path}: shard is missing, but {index_path.name} names it.")
             headers[file] = dict(_read_header(path))
@@ -140,6 +150,10 @@ class Shards:
                     "here."
                 )
             self.entries[name] = headers[file][name]
+        for file, header in headers.items():
+            self.unindexed += [
+                (self.directory / file, name) for name in header if weight_map.get(name) != file
+            ]
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:

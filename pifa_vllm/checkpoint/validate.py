@@ -16,7 +16,7 @@ from pifa_vllm.checkpoint.schema import (
     PIFAConfig,
     read_config,
 )
-from pifa_vllm.checkpoint.shards import Shards
+from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
 
@@ -68,6 +68,7 @@ class Checkpoint:
         """
         config = read_config(directory)
         shards = Shards(directory)
+        _check_files(shards)
         modules = {name: _check_module(shards, name, rank) for name, rank in config.ranks.items()}
         suffixes = (f".{PIVOT_WEIGHT}", f".{COEFFICIENTS}", f".{PIVOT_ROWS}")
         for tensor in shards.entries:
@@ -146,6 +147,18 @@ def check_finite(tensor: Tensor, source: str) -> None:
         raise CheckpointError(f"{source}: expected finite values, found {bad} NaN or infinite.")
 
 
+def _check_files(shards: Shards) -> None:
+    """Check that loaders which prefer model.safetensors, or read whole shards, see what is validated here."""
+    single = shards.directory / SINGLE_NAME
+    others = sorted({entry.file.name for entry in shards.entries.values()} - {SINGLE_NAME})
+    if single.is_file() and others:
+        raise CheckpointError(
+            f"{single}: lies beside {INDEX_NAME}, which names {others}; expected one or the other."
+        )
+    for file, name in shards.unindexed:
+        raise CheckpointError(f"{file}: tensor {name} lies here, but {INDEX_NAME} does not place it here.")
+
+
 def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
     if f"{name}.weight" in shards:
         raise CheckpointError(
@@ -176,12 +189,18 @@ def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
             f"{PIVOT_WEIGHT}, {weight.dtype}, found {coefficients.dtype}."
         )
     m, n = coefficients.shape[0] + rank, weight.shape[1]
+    if rank > n or m == 0 or n == 0:
+        raise CheckpointError(
+            f"{weight.file}: tensor {name}.{PIVOT_WEIGHT}: expected a rank of at most min(out, in) of a "
+            f"matrix that is not empty, found rank {rank} of [{m}, {n}]."
+        )
     nbytes = weight.nbytes + coefficients.nbytes + rows.nbytes
     has_bias = f"{name}.{BIAS}" in shards
     if has_bias:
         bias = shards.entry(f"{name}.{BIAS}")
-        if bias.shape != (m,):
+        if bias.shape != (m,) or bias.dtype != weight.dtype:
             raise CheckpointError(
-                f"{bias.file}: tensor {name}.{BIAS}: expected [{m}], found {list(bias.shape)}."
+                f"{bias.file}: tensor {name}.{BIAS}: expected {weight.dtype} [{m}], "
+                f"found {bias.dtype} {list(bias.shape)}."
             )
     return ModuleEntry(name, m, n, rank, weight.dtype, has_bias, nbytes)

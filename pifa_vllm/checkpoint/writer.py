@@ -21,7 +21,7 @@ from pifa_vllm.factorization import PIFA
 
 # Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-_NOT_COMPANIONS = {"config.json", "model.safetensors.index.json", "compression_report.json"}
+_NOT_COMPANIONS = {"config.json", "compression_report.json"}
 
 
 class CheckpointWriter:
@@ -77,9 +77,10 @@ class CheckpointWriter:
         """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""
         for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):
-                if path.name not in _NOT_COMPANIONS:
+                if path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json"):
                     try:
                         shutil.copyfile(path, self.staging / path.name)
+                        sync(self.staging / path.name)
                     except OSError as error:
                         raise write_error(self.staging / path.name, error) from error
 
@@ -109,8 +110,14 @@ class CheckpointWriter:
                 f"{self.output}: exists by now, though it did not at the start; the finished checkpoint is "
                 f"kept in {self.staging}."
             )
-        os.rename(self.staging, self.output)
-        sync(self.output.parent)
+        for scratch in self.staging.glob(".*.tmp"):
+            scratch.unlink()  # of a run that was killed while it wrote
+        try:
+            sync(self.staging)
+            os.rename(self.staging, self.output)
+            sync(self.output.parent)
+        except OSError as error:
+            raise write_error(self.output, error) from error
 
 
 def module_tensors(name: str, factors: PIFA, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,0 +1,80 @@
+"""A checkpoint made by hand: three small matrices, one with a bias, in two shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
+from pifa_vllm.checkpoint.shards import INDEX_NAME
+from pifa_vllm.checkpoint.writer import module_tensors
+from pifa_vllm.factorization import factorize
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def _module(name: str, m: int, n: int, rank: int, bias: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(m * n + rank)
+    u, v = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+    return module_tensors(name, factorize(u, v), torch.ones(m) if bias else None, torch.float32)
+
+
+def _shards() -> list[dict[str, Tensor]]:
+    return [
+        _module("layers.0.q_proj", 6, 5, 3) | {"norm.weight": torch.ones(5)},
+        _module("layers.0.up_proj", 9, 5, 2, bias=True) | _module("layers.0.down_proj", 5, 9, 4),
+    ]
+
+
+@dataclass
+class Sample:
+    """The parts of a checkpoint; a test spoils one and writes it."""
+
+    shards: list[dict[str, Tensor]] = field(default_factory=_shards)
+    section: dict[str, Any] = field(
+        default_factory=lambda: {
+            "quant_method": "pifa",
+            "format_version": 1,
+            "density": 0.7,
+            "ranks": {"layers.0.q_proj": 3, "layers.0.up_proj": 2, "layers.0.down_proj": 4},
+            "provenance": {"source": "by hand"},
+        }
+    )
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Replace a tensor in whichever shard has it, or add it to the first one."""
+        shard = next((s for s in self.shards if name in s), self.shards[0])
+        shard[name] = tensor.contiguous()
+
+    def drop(self, name: str) -> None:
+        for shard in self.shards:
+            shard.pop(name, None)
+
+    def get(self, name: str) -> Tensor:
+        return next(s[name] for s in self.shards if name in s)
+
+    def write(self, directory: Path) -> Path:
+        """Write whatever the parts are by now, without any check."""
+        directory.mkdir()
+        weight_map = {}
+        for file, tensors in zip(SHARDS, self.shards, strict=True):
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+        (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        config = {"model_type": "llama", "quantization_config": self.section}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    def publish(self, output: Path, staging: Path) -> None:
+        """Write the parts as the compressor does."""
+        writer = CheckpointWriter(output, staging)
+        for file, tensors in zip(SHARDS, self.shards, strict=True):
+            writer.write_shard(file, tensors)
+        writer.write_text("README.md", "A model card.")
+        writer.publish({"model_type": "llama"}, PIFAConfig.parse(self.section, "sample"))

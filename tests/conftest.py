@@ -1,0 +1,34 @@
+"""One tiny model in its three forms, built once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.pifa_tiny import save_pifa_twin
+from tests.tiny import save_tiny_model
+
+
+class Twins(NamedTuple):
+    """The dense original, a PIFA checkpoint with some modules dense, and the matrices it stands for."""
+
+    original: Path
+    pifa: Path
+    dense: Path
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """A tiny llama in two shards whose k_proj stay dense. Read it; copy it before changing it."""
+    root = tmp_path_factory.mktemp("twins")
+    found = Twins(root / "original", root / "pifa", root / "dense")
+    save_tiny_model(found.original, max_shard_size="200KB")
+    save_pifa_twin(
+        found.original,
+        found.pifa,
+        found.dense,
+        ranks=lambda name, m, n: None if name.endswith("k_proj") else min(m, n) // 2,
+    )
+    return found
