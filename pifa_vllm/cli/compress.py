@@ -1,0 +1,172 @@
+"""`pifa-vllm compress`: a dense model directory in, a checkpoint out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pifa_vllm.compress.options import CompressOptions
+
+_EPILOG = """\
+The run prints its estimated memory, disk and time first (--dry-run prints them and stops). Killed at any moment,
+the same command goes on at the first unfinished layer. The output directory appears whole at the end, with
+compression_report.json and compression_report.html in it.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "compress",
+        help="compress a model by MPIFA, or by one of the baselines",
+        description="Compress a LLaMA-family model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="Hugging Face model directory with safetensors weights")
+    add("output", type=Path, help="checkpoint directory to create")
+
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add(
+        "--method",
+        choices=("mpifa", "mpifa-exact", "svd-llm", "svd"),
+        default="mpifa-exact",
+        help="mpifa: the paper's M (U, then V); mpifa-exact: M as reduced-rank regression; svd-llm and svd: "
+        "baselines (default: %(default)s)",
+    )
+    add(
+        "--representation",
+        choices=("pifa", "lowrank"),
+        default="pifa",
+        help="lowrank: budget by plain low rank's parameter count and save reconstructed dense weights, for "
+        "evaluation (default: %(default)s)",
+    )
+    add(
+        "--mix",
+        type=float,
+        default=0.25,
+        help="λ, the dense flow's share in M's target (default: %(default)s)",
+    )
+    add(
+        "--ridge",
+        type=float,
+        help="ridge of the solves, relative to the inputs' mean square (default: by method)",
+    )
+
+    group = parser.add_argument_group("size")
+    add = group.add_argument
+    add("--density", type=float, help="kept / dense parameters of the linear modules, in (0, 1]")
+    add("--attention-density", type=float, metavar="DENSITY", help="density of attention modules")
+    add("--mlp-density", type=float, metavar="DENSITY", help="density of MLP modules")
+    add("--recipe", type=Path, help="YAML file with densities per module and layer")
+    add("--tile", type=int, default=16, help="ranks are multiples of this (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="storage dtype (default: the model's)")
+
+    group = parser.add_argument_group("calibration")
+    add = group.add_argument
+    add(
+        "--calibration",
+        default="self",
+        metavar="SOURCE",
+        help="text file, .jsonl file, dataset name (wikitext2, c4, ...), or self: the model's own samples "
+        "(default: %(default)s)",
+    )
+    add("--text-field", default="text", help="field of JSONL records and datasets (default: %(default)s)")
+    add("--samples", type=int, default=128, help="sequences (default: %(default)s)")
+    add("--length", type=int, default=2048, help="tokens per sequence (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add(
+        "--activation-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="storage of the calibration activations (default: %(default)s)",
+    )
+    add("--chunk-tokens", type=int, default=2048, help="tokens per forward pass (default: %(default)s)")
+    add("--pivoting", choices=("lu", "qr"), default="lu", help="pivot selection (default: %(default)s)")
+    add(
+        "--max-coefficient",
+        type=float,
+        default=1.05,
+        help="bound on the entries of C that pivot swaps aim for (default: %(default)s)",
+    )
+    add("--dry-run", action="store_true", help="print the estimate and the ranks' summary, and stop")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compress; 0 when the checkpoint is there."""
+    import torch
+    from transformers.utils import logging
+
+    from pifa_vllm.compress.pipeline import Compression
+    from pifa_vllm.compress.progress import make_progress
+
+    logging.disable_progress_bar()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    compression = Compression(options_from(args), make_progress())
+    figures = compression.estimate()
+    dense = sum(x.m * x.n for x in compression.linears)
+    print(figures.text(), file=sys.stderr)
+    print(
+        f"ranks: {len(compression.ranks)} of {len(compression.linears)} modules compressed, "
+        f"{compression.kept:,} of {dense:,} parameters kept (density {compression.kept / dense:.4f})",
+        file=sys.stderr,
+    )
+    if args.dry_run:
+        plan = {
+            "estimate": figures.to_json(),
+            "density": compression.kept / dense,
+            "ranks": compression.ranks,
+        }
+        print(json.dumps(plan, indent=1))
+        return 0
+    compression.run(command_line(sys.argv))
+    return 0
+
+
+def options_from(args: argparse.Namespace) -> CompressOptions:
+    """Build the run's options.
+
+    Raises:
+        PifaError: if they contradict one another or are out of range.
+    """
+    from pifa_vllm.compress.allocation import load_recipe, uniform
+    from pifa_vllm.compress.options import CompressOptions
+    from pifa_vllm.errors import PifaError
+
+    by_part = (args.attention_density, args.mlp_density)
+    if args.recipe is not None:
+        if args.density is not None or by_part != (None, None):
+            raise PifaError("--recipe: holds all densities itself, expected no density option beside it.")
+        density = load_recipe(args.recipe)
+    elif args.density is not None:
+        density = uniform(args.density, *by_part)
+    elif None not in by_part:
+        density = uniform(args.attention_density, *by_part)
+    else:
+        raise PifaError(
+            "--density: expected a number in (0, 1] (or --recipe, or both of its parts), found none."
+        )
+    taken = (
+        "model output method representation mix ridge tile dtype calibration text_field samples length seed device "
+        "activation_dtype chunk_tokens pivoting max_coefficient"
+    )
+    return CompressOptions(density=density, **{name: getattr(args, name) for name in taken.split()})
+
+
+def command_line(argv: list[str]) -> str:
+    """Return the command as a user would type it again."""
+    return shlex.join([Path(argv[0]).name, *argv[1:]])

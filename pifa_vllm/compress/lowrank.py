@@ -1,0 +1,156 @@
+"""Low-rank approximation of one linear layer in the metric of its inputs.
+
+W is [m, n] and acts on inputs x [n]. The inputs enter only through second moments over the calibration tokens:
+
+    G = E[x xᵀ]     [n, n], x the inputs in the compressed model
+    H = E[x_o xᵀ]   [n, n], x_o the inputs of the same tokens in the dense model
+
+All functions compute in float64 and return factors U [m, r], V [r, n] with W' = U V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+
+
+def truncated_svd(weight: Tensor, rank: int) -> Factors:
+    """Return the rank-r minimiser of ‖W - W'‖, which looks at no inputs.
+
+    Args:
+        weight: W [m, n].
+        rank: r, at most min(m, n).
+    """
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def whitened_svd(weight: Tensor, gram: Tensor, rank: int, ridge: float) -> Factors:
+    """Return the rank-r minimiser of E‖(W - W') x‖² (SVD-LLM, arXiv 2403.07378).
+
+    Args:
+        weight: W [m, n].
+        gram: G [n, n].
+        rank: r, at most min(m, n).
+        ridge: added to G's diagonal, in units of its mean.
+    """
+    return _project(weight.double(), _regularised(gram, ridge), rank)
+
+
+def target_cross(weight: Tensor, gram: Tensor, cross: Tensor, mix: float) -> Tensor:
+    """Return E[y xᵀ] [m, n] for the target y = W((1 - λ) x + λ x_o) (MPIFA, section 4).
+
+    Args:
+        weight: W [m, n].
+        gram: G [n, n].
+        cross: H [n, n].
+        mix: λ, the share of the dense model's inputs in the target.
+    """
+    return weight.double() @ torch.lerp(gram.double(), cross.double(), mix)
+
+
+def alternating_update(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:
+    """Reconstruct by the paper's M: from the whitened SVD, solve for U, then for V (MPIFA, section 4).
+
+    U ← E[y xᵀ] Vᵀ (V G Vᵀ)⁻¹, then V ← U⁺ W_ls with W_ls = (E[y xᵀ] + αW)(G + αI)⁻¹. Unlike the reference
+    implementation both solves are float64 and α is relative to the scale of G.
+
+    Args:
+        weight: W [m, n].
+        gram: G [n, n].
+        target: E[y xᵀ] [m, n], see `target_cross`.
+        rank: r, at most min(m, n).
+        ridge: α in units of G's mean diagonal.
+    """
+    regularised = _regularised(gram, ridge)
+    _, v = _project(weight.double(), regularised, rank)
+    u = _solve_spd(v @ regularised @ v.T, v @ (target.double() + _alpha(gram, ridge) * weight.double()).T).T
+    least_squares = _least_squares(weight, gram, target, ridge)
+    v = torch.linalg.lstsq(u, least_squares).solution
+    return u, v
+
+
+def reduced_rank_regression(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:
+    """Reconstruct exactly: the global minimiser of E‖y - W' x‖² + α‖W - W'‖² over rank r.
+
+    The objective is ‖(W_ls - W') L‖² + const with W_ls = (E[y xᵀ] + αW)(G + αI)⁻¹ and L Lᵀ = G + αI
+    (reduced-rank regression), so W' = P_r(W_ls L) L⁻¹. The ridge pulls towards W, not towards zero: directions
+    that the calibration data barely excites keep the dense weights.
+
+    Args:
+        weight: W [m, n].
+        gram: G [n, n].
+        target: E[y xᵀ] [m, n], see `target_cross`.
+        rank: r, at most min(m, n).
+        ridge: α in units of G's mean diagonal.
+    """
+    return _project(_least_squares(weight, gram, target, ridge), _regularised(gram, ridge), rank)
+
+
+def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
+    """Return (E‖(W - W')x‖² / E‖W x‖²)^½ on the inputs that G describes."""
+    w, gram = weight.double(), gram.double()
+    difference = w - approximation.double()
+    error = float(((difference @ gram) * difference).sum())
+    scale = float(((w @ gram) * w).sum())
+    return (max(error, 0.0) / scale) ** 0.5 if scale > 0.0 else 0.0
+
+
+def _alpha(gram: Tensor, ridge: float) -> float:
+    mean = float(gram.diagonal().double().mean())
+    # A layer whose inputs are all zero says nothing; any positive metric serves it.
+    return ridge * mean if mean > 0.0 else 1.0
+
+
+def _regularised(gram: Tensor, ridge: float) -> Tensor:
+    regularised = gram.double().clone()
+    regularised.diagonal().add_(_alpha(gram, ridge))
+    return regularised
+
+
+def _least_squares(weight: Tensor, gram: Tensor, target: Tensor, ridge: float) -> Tensor:
+    right = target.double() + _alpha(gram, ridge) * weight.double()
+    return _solve_spd(_regularised(gram, ridge), right.T).T
+
+
+def _project(weight: Tensor, metric: Tensor, rank: int) -> Factors:
+    """P_r(W L) L⁻¹ for metric = L Lᵀ, by an eigendecomposition on the smaller side."""
+    m, n = weight.shape
+    if m <= n:
+        # P_r(W L) = Q Qᵀ W L with Q the leading eigenvectors of W L Lᵀ Wᵀ: L itself is never needed.
+        gram = weight @ metric @ weight.T
+        q = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, m - rank :]  # [m, r]
+        return q, q.T @ weight
+    root, solve = _square_root(metric)
+    left = weight @ root  # [m, n]
+    z = torch.linalg.eigh(left.T @ left).eigenvectors[:, n - rank :]  # [n, r]
+    return left @ z, solve(z).T
+
+
+def _square_root(metric: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """L with L Lᵀ = metric, and b ↦ L⁻ᵀ b."""
+    root, info = torch.linalg.cholesky_ex(metric)
+    if int(info) == 0:
+        return root, lambda b: torch.linalg.solve_triangular(root.T, b, upper=True)
+    values, vectors = _clipped_eigh(metric)
+    scale = values.sqrt()
+    return vectors * scale, lambda b: (vectors / scale) @ b
+
+
+def _solve_spd(metric: Tensor, right: Tensor) -> Tensor:
+    """metric⁻¹ right, through an eigendecomposition where rounding has made the metric indefinite."""
+    root, info = torch.linalg.cholesky_ex(metric)
+    if int(info) == 0:
+        return torch.cholesky_solve(right, root)
+    values, vectors = _clipped_eigh(metric)
+    return vectors @ ((vectors.T @ right) / values[:, None])
+
+
+def _clipped_eigh(metric: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    floor = float(values[-1]) * metric.shape[0] * torch.finfo(metric.dtype).eps
+    return values.clamp(min=max(floor, torch.finfo(metric.dtype).tiny)), vectors

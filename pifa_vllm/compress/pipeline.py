@@ -1,0 +1,293 @@
+"""A whole compression run: layer by layer, resumable, published atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import resource
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pifa_vllm
+from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
+from pifa_vllm.compress.allocation import allocate, kept_parameters
+from pifa_vllm.compress.calibration import CalibrationSet, load_samples, load_tokenizer
+from pifa_vllm.compress.decoder import DenseModel
+from pifa_vllm.compress.estimate import Estimate, estimate
+from pifa_vllm.compress.flows import Flows, FlowShape
+from pifa_vllm.compress.journal import Journal, lock, model_fingerprint
+from pifa_vllm.compress.options import CompressOptions
+from pifa_vllm.compress.progress import Progress
+from pifa_vllm.compress.reconstruction import LayerActivations, reconstruct_layer
+from pifa_vllm.compress.report import render_html, render_model_card
+from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport, LayerReport
+from pifa_vllm.compress.solver import LayerSolver
+from pifa_vllm.errors import PifaError
+
+_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
+
+
+class Compression:
+    """One run from a dense model directory to a checkpoint.
+
+    While it runs, everything lies in `OUTPUT.partial`: the journal, the flows and the finished shards. The same
+    command resumes there at the first unfinished layer; the output appears by one rename at the end.
+
+    Args:
+        options: of the run.
+        progress: told of everything that happens.
+
+    Raises:
+        PifaError: at once, if the options, the model or the output directory rule the run out.
+    """
+
+    def __init__(self, options: CompressOptions, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.staging = options.output.parent / (options.output.name + ".partial")
+        if options.output.exists():
+            raise PifaError(
+                f"{options.output}: the output directory exists, expected a new one. Choose another --output or "
+                "remove it first."
+            )
+        self.model = DenseModel(options.model)
+        if options.length > self.model.max_length:
+            raise PifaError(
+                f"--length: expected at most the model's {self.model.max_length} positions, "
+                f"found {options.length}."
+            )
+        self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.model.dtype
+        self.linears = self.model.linears()
+        self.ranks = allocate(self.linears, options.density, options.representation, options.tile)
+
+    @property
+    def kept(self) -> int:
+        """Parameters that the compressible modules keep by the allocated ranks."""
+        return kept_parameters(self.linears, self.ranks, self.options.representation)
+
+    def estimate(self) -> Estimate:
+        """Estimate memory, disk and time without starting."""
+        return estimate(self.model, self.options, self.kept)
+
+    @torch.inference_mode()
+    def run(self, command: str) -> CompressionReport:
+        """Compress, or go on compressing, and publish the checkpoint.
+
+        Args:
+            command: the command line, for the record.
+
+        Raises:
+            PifaError: with what was expected and found; finished layers are kept.
+        """
+        self._check_disk()
+        self.staging.mkdir(parents=True, exist_ok=True)
+        with lock(self.staging):
+            self.model.check_finite()
+            calibration = self._calibration()
+            report = self._finish(self._compress_layers(calibration), calibration, command)
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.progress.summary(report)
+        return report
+
+    def _check_disk(self) -> None:
+        parent = self.options.output.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = sum(p.stat().st_size for p in self.staging.rglob("*") if p.is_file())
+        free = shutil.disk_usage(parent).free + taken
+        needed = self.estimate().disk_bytes
+        if free < needed:
+            raise PifaError(
+                f"{parent}: this run needs {needed / 2**30:.1f} GiB of disk, but {free / 2**30:.1f} GiB are free. "
+                "Fewer --samples or --activation-dtype bfloat16 need less."
+            )
+
+    def _calibration(self) -> CalibrationSet:
+        """Draw the calibration tokens; the model's own samples are kept, since drawing them again is slow."""
+        options = self.options
+        cached = self.staging / "self-samples.safetensors"
+        tokenizer = load_tokenizer(options.model)
+        if options.calibration == "self" and cached.is_file():
+            try:
+                stored = load_file(cached)["tokens"]
+            except (SafetensorError, OSError, KeyError) as error:
+                raise PifaError(f"{cached}: cannot be read ({error}). Remove it to sample again.") from error
+            if stored.shape == (options.samples, options.length):
+                return CalibrationSet(stored, {"source": "self", "seed": options.seed})
+        calibration = load_samples(
+            options.calibration,
+            tokenizer,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            model_dir=options.model,
+        )
+        if options.calibration == "self":
+            CheckpointWriter(options.output, self.staging).write_shard(
+                cached.name, {"tokens": calibration.tokens}
+            )
+        return calibration
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        return {
+            "pifa_vllm": pifa_vllm.__version__,
+            "model": model_fingerprint(self.model),
+            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            **self.options.record(),
+        }
+
+    def _compress_layers(self, calibration: CalibrationSet) -> Journal:
+        options, model = self.options, self.model
+        path = self.staging / "journal.json"
+        inputs = self._inputs(calibration.tokens)
+        journal = Journal.load(path, inputs) or Journal(inputs=inputs)
+        samples, length = calibration.tokens.shape
+        shape = FlowShape(samples, length, model.hidden_size, getattr(torch, options.activation_dtype))
+        flows = Flows(self.staging / "flows", shape)
+        writer = CheckpointWriter(options.output, self.staging / "checkpoint")
+
+        first = len(journal.layers)
+        if first and first < model.layers and not flows.complete(first):
+            raise PifaError(
+                f"{flows.directory}: the activations entering layer {first} are missing or incomplete, expected "
+                f"{shape.nbytes} bytes per flow. Remove {self.staging} to start over."
+            )
+        if first:
+            self.progress.message(f"resuming in {self.staging} at layer {first} of {model.layers}")
+        else:
+            dense, compressed = flows.entering(0)
+            embedded = model.embed(calibration.tokens)
+            dense.copy_(embedded)
+            compressed.copy_(embedded)
+
+        clock = _Clock(journal)
+        for layer in range(first, model.layers):
+            self.progress.layer_started(layer, model.layers)
+            started = time.perf_counter()
+            solver, flow_error = self._compress_layer(layer, flows)
+            # The order is what makes a kill at any line harmless: the shard and the states are on the disk before
+            # the journal says that this layer is finished, and nothing it resumes from is deleted before that.
+            writer.write_shard(f"layer-{layer:05d}.safetensors", solver.tensors)
+            flows.commit(layer + 1)
+            done = LayerReport(layer=layer, flow_error=flow_error, seconds=time.perf_counter() - started)
+            journal.modules += solver.reports
+            journal.layers.append(done)
+            clock.record()
+            journal.save(path)
+            flows.discard(layer)
+            self.progress.layer_done(done)
+        return journal
+
+    def _compress_layer(self, layer: int, flows: Flows) -> tuple[LayerSolver, float]:
+        options, model = self.options, self.model
+        device = torch.device(options.device)
+        dense, compressed = model.layer(layer, device), model.layer(layer, device)
+        solver = LayerSolver(options, layer, dense, self.ranks, self.dtype, self.progress.module_done)
+        for name in model.norm_tensors(layer):
+            solver.tensors[name] = model.shards.load(name).to(self.dtype)
+        dense_in, compressed_in = flows.entering(layer)
+        dense_out, compressed_out = flows.entering(layer + 1)
+        states = LayerActivations(
+            dense_in,
+            compressed_in,
+            dense_out,
+            compressed_out,
+            context=flows.scratch(dense.linears["self_attn.o_proj"].in_features),
+            intermediate=flows.scratch(dense.linears["mlp.down_proj"].in_features),
+        )
+        flow_error = reconstruct_layer(
+            dense,
+            compressed,
+            states,
+            solver,
+            chunk=max(1, options.chunk_tokens // options.length),
+            device=device,
+            dense_gram=not options.uses_compressed_inputs,
+        )
+        return solver, flow_error
+
+    def _finish(self, journal: Journal, calibration: CalibrationSet, command: str) -> CompressionReport:
+        options, model = self.options, self.model
+        clock = _Clock(journal)
+        writer = CheckpointWriter(options.output, self.staging / "checkpoint")
+        others = {name: model.shards.load(name).to(self.dtype) for name in model.untouched_tensors()}
+        writer.write_shard("model-top.safetensors", others)
+        del others
+        ranks = {x.name: x.rank for x in journal.modules if not x.dense}
+        kept = kept_parameters(self.linears, ranks, options.representation)
+        dense = sum(x.m * x.n for x in self.linears)
+        target = sum(options.density(x) * x.m * x.n for x in self.linears) / dense
+        clock.record()
+        versions = {"pifa-vllm": pifa_vllm.__version__, "python": sys.version.split()[0]}
+        versions |= {package: importlib.metadata.version(package) for package in _VERSIONED}
+        report = CompressionReport(
+            model=str(options.model),
+            architecture=model.raw_config["architectures"][0],
+            method=options.method,
+            representation=options.representation,
+            density_target=target,
+            density=kept / dense,
+            dense_parameters=dense,
+            kept_parameters=kept,
+            dense_bytes=dense * self.dtype.itemsize,
+            kept_bytes=kept * self.dtype.itemsize,
+            dtype=str(self.dtype).removeprefix("torch."),
+            calibration=calibration.record,
+            options=options.record(),
+            fingerprint=journal.fingerprint,
+            seconds=journal.seconds,
+            cpu_seconds=journal.cpu_seconds,
+            peak_rss_bytes=journal.peak_rss_bytes,
+            versions=versions,
+            command=command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            modules=journal.modules,
+            layers=journal.layers,
+        )
+        writer.copy_companions(options.model)
+        writer.write_text(REPORT_NAME, report.model_dump_json(indent=1) + "\n")
+        writer.write_text("compression_report.html", render_html(report))
+        card = options.model / "README.md"
+        source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        writer.write_text("README.md", render_model_card(report, source_card))
+        config = {**model.raw_config, "dtype": report.dtype}
+        config.pop("torch_dtype", None)
+        section = None
+        if options.representation == "pifa":
+            provenance = {
+                "method": options.method,
+                "model": options.model.name,
+                "calibration": calibration.record,
+                "options": options.record(),
+                "fingerprint": journal.fingerprint,
+                "pifa_vllm": pifa_vllm.__version__,
+            }
+            section = PIFAConfig(density=kept / dense, ranks=ranks, provenance=provenance)
+        writer.publish(config, section)
+        return report
+
+
+class _Clock:
+    """Adds this attempt's time and memory to what the journal has of the earlier ones."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._seconds = journal.seconds - time.perf_counter()
+        self._cpu_seconds = journal.cpu_seconds - time.process_time()
+
+    def record(self) -> None:
+        """Bring the journal's figures up to now."""
+        journal = self._journal
+        journal.seconds = self._seconds + time.perf_counter()
+        journal.cpu_seconds = self._cpu_seconds + time.process_time()
+        # ru_maxrss is in KiB on Linux.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        journal.peak_rss_bytes = max(journal.peak_rss_bytes, peak)
