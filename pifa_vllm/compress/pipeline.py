@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 import pifa_vllm
@@ -30,6 +28,7 @@ from pifa_vllm.compress.reconstruction import LayerActivations, reconstruct_laye
 from pifa_vllm.compress.report import render_html, render_model_card
 from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport, LayerReport
 from pifa_vllm.compress.solver import LayerSolver
+from pifa_vllm.compress.token_file import write_tokens
 from pifa_vllm.errors import PifaError
 
 _VERSIONED = ("torch", "transformers", "safetensors", "numpy")
@@ -112,27 +111,21 @@ class Compression:
     def _calibration(self) -> CalibrationSet:
         """Draw the calibration tokens; the model's own samples are kept, since drawing them again is slow."""
         options = self.options
-        cached = self.staging / "self-samples.safetensors"
-        tokenizer = load_tokenizer(options.model)
-        if options.calibration == "self" and cached.is_file():
-            try:
-                stored = load_file(cached)["tokens"]
-            except (SafetensorError, OSError, KeyError) as error:
-                raise PifaError(f"{cached}: cannot be read ({error}). Remove it to sample again.") from error
-            if stored.shape == (options.samples, options.length):
-                return CalibrationSet(stored, {"source": "self", "seed": options.seed})
+        kept = self.staging / "self-samples.safetensors"
+        drawn = options.calibration == "self" and kept.is_file()
         calibration = load_samples(
-            options.calibration,
-            tokenizer,
+            str(kept) if drawn else options.calibration,
+            load_tokenizer(options.model),
             samples=options.samples,
             length=options.length,
             seed=options.seed,
             model_dir=options.model,
+            field=options.text_field,
+            device=options.device,
+            on_progress=self.progress.sampling,
         )
-        if options.calibration == "self":
-            CheckpointWriter(options.output, self.staging).write_shard(
-                cached.name, {"tokens": calibration.tokens}
-            )
+        if options.calibration == "self" and not drawn:
+            write_tokens(kept, calibration.tokens, calibration.record)
         return calibration
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:

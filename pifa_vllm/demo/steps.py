@@ -1,0 +1,164 @@
+"""The demo's steps, each kept in the work directory and skipped when it is there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from pifa_vllm.checkpoint import CheckpointWriter
+from pifa_vllm.compress.allocation import Recipe, uniform
+from pifa_vllm.compress.calibration import load_samples, load_tokenizer
+from pifa_vllm.compress.options import CompressOptions
+from pifa_vllm.compress.pipeline import Compression
+from pifa_vllm.compress.progress import make_progress
+from pifa_vllm.compress.report_schema import Method, Representation
+from pifa_vllm.compress.token_file import write_tokens
+from pifa_vllm.demo.chat import Server, ask
+from pifa_vllm.demo.smollm2 import save_dense_model
+from pifa_vllm.evaluate.perplexity import perplexity
+
+_SEED = 0
+_SEQLEN = 2048
+_WINDOWS = 4
+
+
+class Demo:
+    """Compress, compare, serve.
+
+    Args:
+        work_dir: every step's result is kept here.
+        density: kept / dense parameters of the linear modules.
+        samples: calibration sequences, the model's own.
+        length: tokens per sequence.
+        text: file for the perplexities; None takes the Python language reference of this interpreter.
+    """
+
+    def __init__(self, work_dir: Path, density: float, samples: int, length: int, text: Path | None) -> None:
+        self.work_dir = work_dir
+        self.density: Recipe = uniform(density)
+        self.samples, self.length = samples, length
+        self.text = text
+        self.dense = work_dir / "smollm2-135m-instruct"
+        self.console = Console()
+        work_dir.mkdir(parents=True, exist_ok=True)
+        logging.disable_progress_bar()
+
+    def compress(self) -> Path:
+        """Make the dense model, the calibration tokens and the compressed checkpoints; return the served one."""
+        self._heading("the dense model, SmolLM2-135M-Instruct", self.dense)
+        if not self.dense.exists():
+            save_dense_model(self.dense)
+        tokens = self._calibration_tokens()
+        self._compress_by("svd-llm", "lowrank", tokens)
+        return self._compress_by("mpifa-exact", "pifa", tokens)
+
+    def compare(self) -> None:
+        """Print the perplexities of the dense model and both compressed ones, side by side."""
+        table = Table(title=f"perplexity on {self._text_name()}, {_WINDOWS} windows of {_SEQLEN} tokens")
+        for column in ("model", "kept parameters", "perplexity"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        kept = f"{self.density.density:.0%} of the linear modules"
+        rows = (
+            ("dense", "all", self.dense),
+            ("svd-llm, plain low rank", kept, self._directory("svd-llm")),
+            ("MPIFA", kept, self._directory("mpifa-exact")),
+        )
+        for name, share, directory in rows:
+            table.add_row(name, share, f"{self._perplexity(directory):.2f}")
+        self.console.print(table)
+
+    def serve(self, directory: Path, port: int, prompt: str, *, forever: bool) -> int:
+        """Serve the checkpoint, send a chat request, and leave the server running or stop it.
+
+        Returns:
+            0 when the chat was answered and the server stopped as asked.
+        """
+        self._heading("a vLLM server on the compressed model", directory)
+        with Server(directory, port, log=self.work_dir / "server.log") as server:
+            self.console.print(
+                f"ready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
+            )
+            answer = ask(server.url, str(directory), prompt)
+            self.console.print(answer.text, markup=False)
+            self.console.print(
+                f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
+                f"{answer.seconds_to_first_token:.2f} s"
+            )
+            if forever:
+                self.console.print(f"the server goes on at {server.url}/v1 (Ctrl-C stops it)")
+                server.wait()
+        return 0
+
+    def _compress_by(self, method: Method, representation: Representation, tokens: Path) -> Path:
+        directory = self._directory(method)
+        self._heading(f"{method} at density {self.density.density:g}", directory)
+        if not directory.exists():
+            options = CompressOptions(
+                model=self.dense,
+                output=directory,
+                density=self.density,
+                method=method,
+                representation=representation,
+                calibration=str(tokens),
+                samples=self.samples,
+                length=self.length,
+                seed=_SEED,
+            )
+            Compression(options, make_progress()).run(command="pifa-vllm demo")
+        return directory
+
+    def _calibration_tokens(self) -> Path:
+        path = self.work_dir / f"self-{self.samples}x{self.length}.safetensors"
+        self._heading(f"{self.samples} x {self.length} calibration tokens, the model's own samples", path)
+        if not path.exists():
+            calibration = load_samples(
+                "self",
+                load_tokenizer(self.dense),
+                samples=self.samples,
+                length=self.length,
+                seed=_SEED,
+                model_dir=self.dense,
+            )
+            write_tokens(path, calibration.tokens, calibration.record)
+        return path
+
+    def _directory(self, method: Method) -> Path:
+        return self.work_dir / f"smollm2-{method}-{self.density.density:g}-{self.samples}x{self.length}"
+
+    def _perplexity(self, directory: Path) -> float:
+        cache = self.work_dir / "perplexity.json"
+        figures: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+        key = f"{directory.name} on {self._text_name()}"
+        if key not in figures:
+            started = time.perf_counter()
+            model = AutoModelForCausalLM.from_pretrained(directory)
+            result = perplexity(model, self._text(), seqlen=_SEQLEN, max_windows=_WINDOWS)
+            del model
+            gc.collect()
+            figures[key] = {**asdict(result), "seconds": time.perf_counter() - started}
+            CheckpointWriter(cache, self.work_dir).write_json(cache.name, figures)
+        return math.exp(figures[key]["mean_nll"])
+
+    def _text_name(self) -> str:
+        return self.text.name if self.text is not None else "the Python language reference"
+
+    def _text(self) -> str:
+        if self.text is not None:
+            return self.text.read_text(encoding="utf-8")
+        from pydoc_data import topics
+
+        return "\n\n".join(topics.topics.values())
+
+    def _heading(self, what: str, where: Path) -> None:
+        state = "already there" if where.exists() and where != self.work_dir else "making"
+        self.console.rule(f"[b]{what}[/b] ({state}: {where})", align="left")
