@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from pifa_vllm.compress.moments import Moments
+
+
+@pytest.mark.parametrize("features", [1, 5, 123, 384, 385, 800])
+def test_moments_match_their_definition(features):
+    dense = torch.randn(4, 30, features)
+    compressed = dense + 0.1 * torch.randn(4, 30, features)
+    moments = Moments(features, torch.device("cpu"))
+    for part in range(4):
+        moments.add(dense[part], compressed[part])
+    x_o = dense.reshape(-1, features).double()
+    x = compressed.reshape(-1, features).double()
+    scale = float((x.T @ x).abs().max()) / 120
+    assert moments.tokens == 120
+    torch.testing.assert_close(moments.gram(), x.T @ x / 120, atol=1e-6 * scale, rtol=0)
+    torch.testing.assert_close(moments.cross(), x_o.T @ x / 120, atol=1e-6 * scale, rtol=0)
+    assert torch.equal(moments.gram(), moments.gram().T)
+
+
+def test_dense_gram_ignores_the_compressed_inputs():
+    dense = torch.randn(50, 6)
+    moments = Moments(6, torch.device("cpu"), dense_gram=True)
+    moments.add(dense, torch.full_like(dense, float("nan")))
+    expected = dense.double().T @ dense.double() / 50
+    torch.testing.assert_close(moments.gram(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(moments.cross(), expected, atol=1e-6, rtol=0)
