@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch starts its threads: the models here are tiny, and threads that spin between their little kernels
+# slow everything down as soon as two processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from pathlib import Path
 from typing import NamedTuple
 

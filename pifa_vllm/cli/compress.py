@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    compression = Compression(options_from(args), make_progress())
+    compression = Compression(options_from(args), make_progress(args.output))
     figures = compression.estimate()
     dense = sum(x.m * x.n for x in compression.linears)
     print(figures.text(), file=sys.stderr)

@@ -26,6 +26,7 @@ from pifa_vllm.compress.documents import (
     read_text,
 )
 from pifa_vllm.compress.self_calibration import sample_from_model
+from pifa_vllm.compress.token_file import read_tokens
 from pifa_vllm.errors import CalibrationError
 
 # Text beyond this many characters is not read, unless more are needed for disjoint windows: WikiText-2's whole
@@ -82,8 +83,9 @@ def load_samples(
     """Draw calibration sequences from a source; the same arguments give the same tokens.
 
     Args:
-        spec: a UTF-8 text file; a .jsonl, .json or .ndjson file with one object a line; a dataset name,
-            "wikitext2", "c4" or "name[:config][:split]"; or "self", the model's own samples.
+        spec: a UTF-8 text file; a .jsonl, .json or .ndjson file with one object a line; a .safetensors file of
+            tokens (see `token_file`); a dataset name, "wikitext2", "c4" or "name[:config][:split]"; or "self",
+            the model's own samples.
         tokenizer: the model's transformers tokenizer.
         samples: number of sequences.
         length: tokens per sequence.
@@ -108,6 +110,8 @@ def load_samples(
             on_progress=on_progress,
         )
         record = {"source": "self", **how, "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+    elif spec.endswith(".safetensors"):
+        tokens, record = read_tokens(Path(spec).expanduser(), samples, length)
     else:
         tokens, record = _windows(spec, tokenizer, samples=samples, length=length, seed=seed, field=field)
     _check_vocabulary(int(tokens.max()), tokenizer, model_dir)

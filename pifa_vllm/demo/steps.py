@@ -114,7 +114,7 @@ class Demo:
                 length=self.length,
                 seed=_SEED,
             )
-            Compression(options, make_progress()).run(command="pifa-vllm demo")
+            Compression(options, make_progress(directory)).run(command="pifa-vllm demo")
         return directory
 
     def _calibration_tokens(self) -> Path:
