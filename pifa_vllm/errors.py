@@ -15,3 +15,7 @@ class UnsupportedModelError(PifaError):
 
 class CalibrationError(PifaError):
     """The calibration data cannot be used."""
+
+
+class EvaluationError(PifaError):
+    """A model cannot be evaluated on this text, or does not give usable numbers."""

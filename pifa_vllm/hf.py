@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pifa_vllm.checkpoint import Checkpoint, ModuleEntry, PIFAConfig, Shards, check_finite, check_pivot_rows
-from pifa_vllm.errors import CheckpointError
+from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.ops import pifa_linear, stacked_order
 
@@ -177,6 +177,35 @@ class PIFAQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile may trace through the layer."""
         return True
+
+
+def check_architecture(checkpoint: Checkpoint) -> str:
+    """Compare a checkpoint with the model that its config.json describes, without allocating any of it.
+
+    Returns:
+        The name of the model's class.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, has another shape, or is unexpected.
+        UnsupportedModelError: if transformers has no causal language model for this config.
+    """
+    # Not at the top: see PreTrainedModel there.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModelError(
+            f"{checkpoint.directory / 'config.json'}: transformers makes no causal language model of it "
+            f"({reason[0]})."
+        ) from error
+    insert_pifa_layers(model, checkpoint)
+    check_tensors(model, checkpoint.shards, unexpected=True)
+    return type(model).__name__
 
 
 def insert_pifa_layers(

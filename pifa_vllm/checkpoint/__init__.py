@@ -10,6 +10,7 @@ Per compressed module NAME of rank r and full shape [m, n]:
 and `quantization_config` in config.json (`PIFAConfig`). Everything else is as in the dense model.
 """
 
+from pifa_vllm.checkpoint.densify import densify
 from pifa_vllm.checkpoint.schema import PIFAConfig, is_pifa, read_config, read_json
 from pifa_vllm.checkpoint.shards import Shards, TensorEntry
 from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite, check_pivot_rows
@@ -24,6 +25,7 @@ __all__ = [
     "TensorEntry",
     "check_finite",
     "check_pivot_rows",
+    "densify",
     "is_pifa",
     "read_config",
     "read_json",

@@ -33,12 +33,18 @@ class CheckpointWriter:
     Args:
         output: the directory to create; must not exist when `publish` is called.
         staging: work directory on the same file system; created if needed, reused on resume.
+
+    Raises:
+        CheckpointError: if `staging` cannot be created.
     """
 
     def __init__(self, output: Path, staging: Path) -> None:
         self.output = output
         self.staging = staging
-        staging.mkdir(parents=True, exist_ok=True)
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(staging, error) from error
 
     def write_shard(self, file: str, tensors: dict[str, Tensor]) -> None:
         """Write one shard, whole or not at all.
@@ -146,8 +152,5 @@ def write_error(target: Path, error: Exception) -> CheckpointError:
     """Describe a failed write; a full disk says how to go on."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
-        return CheckpointError(
-            f"{target}: the disk is full. Finished layers are kept: free some space and run the same command "
-            "again."
-        )
+        return CheckpointError(f"{target}: the disk is full. Free some space and run the same command again.")
     return CheckpointError(f"{target}: cannot be written ({error}).")

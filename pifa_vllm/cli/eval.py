@@ -1,0 +1,133 @@
+"""`pifa-vllm eval`: perplexity on a text file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pifa_vllm.evaluate.protocol import Perplexity
+
+_EPILOG = """\
+The text is tokenised as one stream and cut into windows that do not overlap; a last partial window is dropped. The
+figure is the mean negative log-likelihood per token, in float32, each window's first token not scored. Logits that
+are not finite are an error.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "eval",
+        description="Measure the perplexity of a PIFA or dense model on a text.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="model directory, PIFA or dense")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text file")
+    add("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    add("--max-windows", type=int, metavar="N", help="score only the first N windows")
+    add(
+        "--engine",
+        choices=("transformers", "vllm", "both"),
+        default="transformers",
+        help="what runs the model; both shows the difference (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and activations (default: the checkpoint's)",
+    )
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="let the tokenizer add its own, such as a BOS at the start of the text",
+    )
+    add("--eager", action="store_true", help="vLLM without torch.compile, which starts sooner")
+    add("--threads", type=int, metavar="N", help="torch threads (vLLM binds its own)")
+    add("--json", action="store_true", help="print JSON, with the figure of every window")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print."""
+    import torch
+
+    from pifa_vllm.errors import EvaluationError
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{args.text}: cannot be read as UTF-8 text ({error}).") from error
+    if args.threads is not None:
+        if args.threads < 1:
+            raise EvaluationError(f"--threads: expected 1 or more, found {args.threads}.")
+        torch.set_num_threads(args.threads)
+
+    results = []
+    if args.engine != "vllm":
+        results.append(_by_transformers(args, text))
+    if args.engine != "transformers":
+        from pifa_vllm.evaluate.served import served_perplexity
+
+        results.append(
+            served_perplexity(
+                args.model,
+                text,
+                seqlen=args.seqlen,
+                max_windows=args.max_windows,
+                special_tokens=args.special_tokens,
+                dtype=args.dtype,
+                eager=args.eager,
+            )
+        )
+    difference = results[1].nll - results[0].nll if len(results) == 2 else None
+    if args.json:
+        _print_json(results, difference)
+    else:
+        for result in results:
+            print(_line(result))
+        if difference is not None:
+            print(f"difference of the mean NLLs (vllm - transformers): {difference:+.2e}")
+    return 0
+
+
+def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pifa_vllm.evaluate.perplexity import perplexity
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("windows", total=None)
+        return perplexity(
+            args.model,
+            text,
+            seqlen=args.seqlen,
+            max_windows=args.max_windows,
+            special_tokens=args.special_tokens,
+            dtype=args.dtype,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _line(result: Perplexity) -> str:
+    spread = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
+    return (
+        f"perplexity {result.perplexity:.4f}  (NLL {result.nll:.5f}{spread}; {result.windows} windows of "
+        f"{result.seqlen} tokens; {result.engine}, {result.dtype})"
+    )
+
+
+def _print_json(results: list[Perplexity], difference: float | None) -> None:
+    if difference is None:
+        value = results[0].to_dict()
+    else:
+        value = {"results": [result.to_dict() for result in results], "nll_difference": difference}
+    print(json.dumps(value, indent=2, allow_nan=False))

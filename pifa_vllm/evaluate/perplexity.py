@@ -1,0 +1,129 @@
+"""Perplexity by transformers: of PIFA checkpoints, which run as PIFA layers, and of ordinary dense models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pifa_vllm.checkpoint import Shards
+from pifa_vllm.errors import EvaluationError
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_tokenizer
+
+# Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
+_LOGITS = 2**24
+
+
+def perplexity(
+    model: PreTrainedModel | Path | str,
+    text: str,
+    *,
+    seqlen: int = 2048,
+    max_windows: int | None = None,
+    special_tokens: bool = False,
+    dtype: str = "auto",
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measure the mean token negative log-likelihood over non-overlapping windows.
+
+    The text is tokenised as one stream; within a window the first token has no context and is not scored. The
+    log-softmax is taken in float32 whatever the model's dtype.
+
+    Args:
+        model: a causal language model, or the directory of one (PIFA or dense).
+        text: the text; what does not fill a last window is dropped.
+        seqlen: tokens per window.
+        max_windows: score only the first ones.
+        special_tokens: let the tokenizer add its own to the stream.
+        dtype: of a model that is loaded here: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        tokenizer: None takes the one in the model's directory.
+        progress: called with (windows done, windows) after each window.
+
+    Raises:
+        EvaluationError: if the text is too short, the windows are too long for the model, or a logit is not
+            finite (naming window and position: a broken model has no perplexity, and skipping would flatter it).
+        CheckpointError: if the directory is damaged.
+    """
+    source = model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    windows = cut_windows(
+        tokenizer or load_tokenizer(Path(source)),
+        text,
+        seqlen=seqlen,
+        max_windows=max_windows,
+        special_tokens=special_tokens,
+    )
+    loaded = model if isinstance(model, PreTrainedModel) else load_model(Path(source), dtype)
+    check_fit(windows, loaded.config, source)
+    loaded.eval()
+    nlls = []
+    for index, tokens in enumerate(windows.tokens):
+        nlls.append(_window_nll(loaded, tokens, f"{source}: window {index}"))
+        if progress is not None:
+            progress(index + 1, len(windows.tokens))
+    return Perplexity(
+        model=source,
+        engine="transformers",
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        seqlen=seqlen,
+        special_tokens=special_tokens,
+        text_tokens=windows.text_tokens,
+        window_nlls=tuple(nlls),
+    )
+
+
+def load_model(directory: Path, dtype: str = "auto") -> PreTrainedModel:
+    """Load a PIFA or dense model, checking first that its shards are there and whole.
+
+    Raises:
+        CheckpointError: naming the file.
+        EvaluationError: if transformers cannot make a model of it.
+    """
+    Shards(directory)
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EvaluationError(f"{directory}: transformers cannot load this model ({reason[0]}).") from error
+
+
+@torch.inference_mode()
+def _window_nll(model: PreTrainedModel, tokens: Tensor, source: str) -> float:
+    """Mean NLL of tokens[1:] given what precedes each, tokens int64 [seqlen]."""
+    tokens = tokens.to(model.device)
+    targets = tokens[1:]
+    head = model.get_output_embeddings()
+    if _head_is_last(model):
+        states = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, :-1]
+        step = max(1, _LOGITS // head.weight.shape[0])
+        chunks = (head(chunk) for chunk in states.split(step))
+    else:
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+        step = max(1, _LOGITS // logits.shape[1])
+        chunks = iter(logits.split(step))
+    total, position = 0.0, 0
+    for chunk in chunks:  # [<= step, vocabulary]
+        chunk = chunk.float()
+        finite = torch.isfinite(chunk).all(dim=1)
+        if not bool(finite.all()):
+            bad = position + int((~finite).nonzero()[0])
+            raise EvaluationError(f"{source}, position {bad}: the logits contain NaN or infinity.")
+        expected = targets[position : position + len(chunk)]
+        nlls = torch.logsumexp(chunk, dim=1) - chunk.gather(1, expected[:, None])[:, 0]
+        total += float(nlls.double().sum())
+        position += len(chunk)
+    return total / len(targets)
+
+
+def _head_is_last(model: PreTrainedModel) -> bool:
+    """Tell whether logits are the head's plain output, so that the head can be applied to a few positions.
+
+    Gemma caps its logits, Granite and Cohere scale them, after the head.
+    """
+    config = model.config.get_text_config()
+    after_head = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    return all(getattr(config, name, None) in (None, 1, 1.0) for name in after_head)
