@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "start vLLM's OpenAI server on a compressed model",
     "chat": "talk to a running server",
     "densify": "write a compressed model back as an ordinary dense one",
+    "bench": "measure, and write the results as JSON",
     "demo": "compress a small model, compare, serve it and talk to it",
 }
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from pifa_vllm.checkpoint import CheckpointWriter
@@ -140,14 +136,11 @@ class Demo:
         figures: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
         key = f"{directory.name} on {self._text_name()}"
         if key not in figures:
-            started = time.perf_counter()
-            model = AutoModelForCausalLM.from_pretrained(directory)
-            result = perplexity(model, self._text(), seqlen=_SEQLEN, max_windows=_WINDOWS)
-            del model
+            result = perplexity(directory, self._text(), seqlen=_SEQLEN, max_windows=_WINDOWS)
             gc.collect()
-            figures[key] = {**asdict(result), "seconds": time.perf_counter() - started}
+            figures[key] = result.to_dict()
             CheckpointWriter(cache, self.work_dir).write_json(cache.name, figures)
-        return math.exp(figures[key]["mean_nll"])
+        return float(figures[key]["perplexity"])
 
     def _text_name(self) -> str:
         return self.text.name if self.text is not None else "the Python language reference"
