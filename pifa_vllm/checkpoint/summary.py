@@ -1,0 +1,109 @@
+"""What a checkpoint consists of, as plain data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pifa_vllm.checkpoint.schema import COEFFICIENTS
+from pifa_vllm.checkpoint.shards import TensorEntry
+from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite
+
+# The weights of decoder layers: what a compressor may compress, and what densities are measured over.
+_LAYER_WEIGHT = re.compile(r"(?:^|\.)layers\.\d+\..*\.weight$")
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """One linear module of a decoder layer.
+
+    Attributes:
+        rank: None where the module is dense.
+        parameters: kept numbers, without indices and bias.
+        nbytes: of the kept numbers and, where compressed, the indices.
+        dense_nbytes: of the dense matrix in the same dtype.
+        max_coefficient: max |C|, 0 where there is no C.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    parameters: int
+    nbytes: int
+    dense_nbytes: int
+    dtype: str
+    bias: bool
+    max_coefficient: float
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, such as q_proj."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def dense_parameters(self) -> int:
+        """m · n."""
+        return self.out_features * self.in_features
+
+    @property
+    def density(self) -> float:
+        """Kept / dense parameters."""
+        return self.parameters / self.dense_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes and the density, ready for JSON."""
+        return {**asdict(self), "density": self.density}
+
+
+def summarize(checkpoint: Checkpoint) -> list[ModuleSummary]:
+    """Describe every linear module of the decoder layers, compressed or dense, in the order of the layers.
+
+    Raises:
+        CheckpointError: if a coefficient is not finite.
+    """
+    modules = [_compressed(checkpoint, entry) for entry in checkpoint.modules.values()]
+    for name, entry in checkpoint.shards.entries.items():
+        if len(entry.shape) == 2 and _LAYER_WEIGHT.search(name):
+            modules.append(_dense(name, entry, f"{name.removesuffix('weight')}bias" in checkpoint.shards))
+    return sorted(modules, key=lambda module: _natural(module.name))
+
+
+def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:
+    name = f"{entry.name}.{COEFFICIENTS}"
+    coefficients = checkpoint.shards.load(name)
+    check_finite(coefficients, f"{checkpoint.shards.entry(name).file}: tensor {name}")
+    return ModuleSummary(
+        name=entry.name,
+        out_features=entry.m,
+        in_features=entry.n,
+        rank=entry.rank,
+        parameters=entry.parameters,
+        nbytes=entry.nbytes,
+        dense_nbytes=entry.m * entry.n * entry.dtype.itemsize,
+        dtype=str(entry.dtype).removeprefix("torch."),
+        bias=entry.has_bias,
+        max_coefficient=float(coefficients.abs().max()) if coefficients.numel() else 0.0,
+    )
+
+
+def _dense(name: str, entry: TensorEntry, bias: bool) -> ModuleSummary:
+    m, n = entry.shape
+    return ModuleSummary(
+        name=name.removesuffix(".weight"),
+        out_features=m,
+        in_features=n,
+        rank=None,
+        parameters=m * n,
+        nbytes=entry.nbytes,
+        dense_nbytes=entry.nbytes,
+        dtype=str(entry.dtype).removeprefix("torch."),
+        bias=bias,
+        max_coefficient=0.0,
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
