@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 # One panel is about as wide as a phone, so that its text is never scaled down to be unreadable.
-WIDTH, HEIGHT = 440.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 64.0, 12.0, 34.0
+WIDTH, HEIGHT = 340.0, 210.0
+LEFT, RIGHT, TOP, BOTTOM = 36.0, 44.0, 10.0, 36.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def line_chart(series: dict[str, list[tuple[int, float]]], highest: float | None
     """
     layers = [layer for points in series.values() for layer, _ in points]
     first, last = (min(layers), max(layers)) if layers else (0, 0)
-    steps = axis_steps(highest if highest is not None else max((v for p in series.values() for _, v in p), default=0))
+    steps = axis_steps(
+        highest if highest is not None else max((v for p in series.values() for _, v in p), default=0)
+    )
 
     def x_of(layer: float) -> float:
         share = (layer - first) / (last - first) if last > first else 0.5

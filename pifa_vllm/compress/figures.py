@@ -70,11 +70,14 @@ def by_kind(report: CompressionReport) -> list[KindSummary]:
 
 def size(count: float) -> str:
     """Write a number of bytes in decimal units, as disks and model hubs do: "94.4 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        # Not 1000: what would round up to it is written in the larger unit.
+        if count < 999.5:
+            break
+        count, unit = count / 1000, larger
+    decimals = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{decimals}f} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -85,3 +88,23 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def describe_calibration(report: CompressionReport) -> str:
+    """Say in one sentence what a run was calibrated on."""
+    record = report.calibration
+    if not record or report.method == "svd":
+        return "No calibration data."
+    name = record.get("name", "")
+    sources = {
+        "self": "sampled from the dense model itself at temperature 1",
+        "text": f"from the text file {name}",
+        "jsonl": f"from the JSONL file {name}",
+        "dataset": f"from the dataset {name}, {record.get('config') or 'default'} config, "
+        f"{record.get('split')} split",
+    }
+    what = sources.get(str(record.get("source")), "of unknown origin")
+    return (
+        f"{record.get('samples', '?')} sequences of {record.get('length', '?')} tokens {what}, "
+        f"seed {record.get('seed', '?')}."
+    )

@@ -51,11 +51,15 @@ def _data(report: CompressionReport) -> list[str]:
 def _budget(report: CompressionReport) -> list[str]:
     gap = report.density - report.density_target
     if gap > 1e-6:
-        return [f"The model keeps more than was asked for: density {report.density:.4f}, asked for "
-                f"{report.density_target:.4f}."]
+        return [
+            f"The model keeps more than was asked for: density {report.density:.4f}, asked for "
+            f"{report.density_target:.4f}."
+        ]
     if gap < -_DENSITY_SHORTFALL:
-        return [f"The model falls short of its budget: density {report.density:.4f}, asked for "
-                f"{report.density_target:.4f}. Ranks are multiples of a tile, which is coarse for small modules."]
+        return [
+            f"The model falls short of its budget: density {report.density:.4f}, asked for "
+            f"{report.density_target:.4f}. Ranks are multiples of a tile, which is coarse for small modules."
+        ]
     return []
 
 
