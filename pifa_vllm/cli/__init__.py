@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.extra = extra
     try:
         code: int = args.run(args)
+        sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
     except PifaError as error:
         print(f"error: {error}", file=sys.stderr)

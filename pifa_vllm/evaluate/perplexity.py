@@ -85,10 +85,18 @@ def load_model(directory: Path, dtype: str = "auto") -> PreTrainedModel:
     """
     Shards(directory)
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EvaluationError(f"{directory}: transformers cannot load this model ({reason[0]}).") from error
+    if found["missing_keys"]:
+        # transformers has filled them at random, with no more than a warning.
+        raise EvaluationError(
+            f"{directory}: tensor {min(found['missing_keys'])} is missing; {type(model).__name__} expects it."
+        )
+    return model
 
 
 @torch.inference_mode()
