@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pifa_vllm.factorization import output_order
-from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.ops.assemble import assemble
 
 
 def pifa_linear(
@@ -18,16 +19,17 @@ def pifa_linear(
     out_order: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute y = x Wᵀ + b where W is stored in pivoting form, or is several such matrices stacked.
+    """Compute y = x Wᵀ + b for matrices in pivoting form (arXiv 2501.19090, section 3).
 
-    Nothing is checked here, since this runs for every layer and token: check a checkpoint when it is loaded.
+    W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Nothing is
+    checked here, since this runs for every layer and token: check a checkpoint when it is loaded.
 
     Args:
         x: [..., n], float32, bfloat16 or float16.
         pivot_weight: [Σr, n], the pivot rows of all matrices, stacked, in the dtype of x.
         coefficients: [m_i - r_i, r_i] per matrix, where r_i may be 0 or m_i; one tensor stands for a
             sequence of one.
-        out_order: integer [Σm], the place of each output row in the stacked
+        out_order: int64 [Σm], the place of each output row in the stacked
             [all pivot rows; remaining rows of matrix 0; of matrix 1; ...] (see `stacked_order`).
         bias: [Σm] in output order, or None.
 
@@ -36,7 +38,11 @@ def pifa_linear(
     """
     if isinstance(coefficients, Tensor):
         coefficients = (coefficients,)
-    return pifa_linear_reference(x, pivot_weight, coefficients, out_order, bias)
+    y_p = linear(x, pivot_weight)  # [..., Σr]
+    pivots = torch.split(y_p, [c.shape[1] for c in coefficients], dim=-1)
+    # A matrix that is all pivot rows has none remaining.
+    y_np = [linear(y, c) for y, c in zip(pivots, coefficients, strict=True) if c.shape[0] > 0]
+    return assemble(y_p, y_np, out_order, bias)
 
 
 def stacked_order(pivot_rows: Sequence[Tensor], out_features: Sequence[int]) -> Tensor:

@@ -1,1 +1,33 @@
-"""TODO."""
+"""The vLLM plugin: stock vLLM serves PIFA checkpoints once this package is installed.
+
+vLLM calls `register` through the entry point group `vllm.general_plugins` in each of its processes, whatever
+model they serve.
+"""
+
+from __future__ import annotations
+
+import logging
+
+
+def register() -> None:
+    """Make vLLM know `quant_method: "pifa"`.
+
+    Calling it again changes nothing, and models with another quantization, or none, never reach our code. It
+    does not raise: vLLM runs it for every model, and a vLLM that it does not fit must still serve the others.
+    """
+    try:
+        # vLLM is imported here, not at the top, so that importing this module costs nothing.
+        from vllm.model_executor.layers.quantization import (
+            QUANTIZATION_METHODS,
+            register_quantization_config,
+        )
+
+        if "pifa" not in QUANTIZATION_METHODS:
+            from pifa_vllm.plugin.config import PIFAQuantizationConfig
+
+            register_quantization_config("pifa")(PIFAQuantizationConfig)
+    except Exception:
+        logging.getLogger("vllm.pifa_vllm").exception(
+            "pifa-vllm could not register with this vLLM, so PIFA checkpoints will be refused as an unknown "
+            "quantization method; other models are not affected. Are the two versions made for each other?"
+        )

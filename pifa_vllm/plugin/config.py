@@ -1,0 +1,133 @@
+"""vLLM's view of a PIFA checkpoint: which of its layers are compressed, and to which ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from pifa_vllm.checkpoint import Checkpoint, PIFAConfig
+from pifa_vllm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class PIFAQuantizationConfig(QuantizationConfig):
+    """The `quantization_config` of a PIFA checkpoint, matched against the layers that vLLM builds.
+
+    Attributes:
+        ranks: module name, as vLLM calls it, to rank.
+        tensors: the names of all tensors in the checkpoint, as vLLM calls them; None where the model is not a
+            local directory, and completeness is known only while loading.
+    """
+
+    def __init__(self, checkpoint: PIFAConfig) -> None:
+        super().__init__()
+        self.ranks = dict(checkpoint.ranks)
+        self.tensors: set[str] | None = None
+        self._matched: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"PIFAQuantizationConfig({len(self.ranks)} compressed modules)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The `quant_method` of config.json."""
+        return "pifa"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Any dtype that vLLM computes in: PIFA's factors are ordinary matrices."""
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Volta, the oldest that vLLM itself runs on: nothing here needs more."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in config.json, no further files."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PIFAQuantizationConfig:
+        """Parse the `quantization_config` of config.json.
+
+        Raises:
+            CheckpointError: naming the offending field.
+        """
+        return cls(PIFAConfig.parse(config, "config.json"))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Check the headers of a local checkpoint before any process or memory is spent on it.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        directory = Path(model_name)
+        if directory.is_dir():
+            self.tensors = set(Checkpoint.open(directory).shards.entries)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename modules and tensors as the model does that vLLM is about to build."""
+        self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
+        if self.tensors is not None:
+            self.tensors = set(hf_to_vllm_mapper.apply_list(list(self.tensors)))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Choose PIFA for a linear layer with a compressed shard, and the dense method for the others.
+
+        Raises:
+            CheckpointError: if a local checkpoint lacks one of the layer's tensors.
+        """
+        # Imported here because vLLM's layers trigger set-up that a process that serves another model must not
+        # pay for, and may not be ready for, when it calls `register`.
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from pifa_vllm.plugin.linear import PIFALinearMethod, Shard
+
+        if not isinstance(layer, LinearBase):
+            # None gives embeddings, lm_head and attention the method that they have in a dense model.
+            return None
+        shards = [Shard(name, self.ranks.get(name)) for name in self._shard_names(prefix)]
+        self._matched.update(shard.name for shard in shards)
+        self._check_tensors(shards, layer.has_bias)
+        if all(shard.rank is None for shard in shards):
+            return UnquantizedLinearMethod()
+        return PIFALinearMethod(self, shards)
+
+    def check_all_matched(self) -> None:
+        """Check, once the model is built, that every compressed module became a layer of it.
+
+        Raises:
+            CheckpointError: naming the modules that did not.
+        """
+        unknown = sorted(self.ranks.keys() - self._matched)
+        if unknown:
+            raise CheckpointError(
+                f"config.json: quantization_config.ranks names {len(unknown)} modules that are no linear "
+                f"layers of the model as vLLM builds it, first {unknown[0]!r}; vLLM's are called like "
+                f"{min(self._matched)!r}."
+            )
+
+    def _shard_names(self, prefix: str) -> list[str]:
+        """The checkpoint's names of a layer, several if vLLM fuses them (qkv_proj, gate_up_proj)."""
+        parent, dot, last = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+
+    def _check_tensors(self, shards: list[Any], has_bias: bool) -> None:
+        """Check what vLLM's loader does not for quantized models: that nothing stays uninitialised."""
+        if self.tensors is None:
+            return
+        for shard in shards:
+            for suffix in (*shard.suffixes, *(["bias"] if has_bias else [])):
+                if f"{shard.name}.{suffix}" not in self.tensors:
+                    raise CheckpointError(
+                        f"layer {shard.name}: tensor {shard.name}.{suffix} is missing from the checkpoint."
+                    )
