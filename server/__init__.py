@@ -1,1 +1,1 @@
-"""TODO."""
+"""The OpenAI-compatible server: vLLM's own, started through its Python entry points."""

@@ -88,12 +88,19 @@ class Checkpoint:
         entry = self.modules[name]
         weight = self.shards.load(f"{name}.{PIVOT_WEIGHT}")
         coefficients = self.shards.load(f"{name}.{COEFFICIENTS}")
-        rows = self.shards.load(f"{name}.{PIVOT_ROWS}")
-        source = str(self.shards.entry(f"{name}.{PIVOT_ROWS}").file)
-        check_pivot_rows(rows, entry.rank, entry.m, f"{source}: tensor {name}.{PIVOT_ROWS}")
+        rows = self._pivot_rows(entry)
         for suffix, tensor in ((PIVOT_WEIGHT, weight), (COEFFICIENTS, coefficients)):
             check_finite(tensor, f"{self.shards.entry(f'{name}.{suffix}').file}: tensor {name}.{suffix}")
         return PIFA(weight, coefficients, rows)
+
+    def check_pivot_rows(self) -> None:
+        """Read every module's pivot rows, a few KiB each: the check to make before a server starts.
+
+        Raises:
+            CheckpointError: at the first violation.
+        """
+        for entry in self.modules.values():
+            self._pivot_rows(entry)
 
     def verify(self) -> None:
         """Read every tensor: pivot rows sorted, unique and in range, all values finite.
@@ -108,6 +115,12 @@ class Checkpoint:
         for name, entry in self.shards.entries.items():
             if name not in compressed:
                 check_finite(self.shards.load(name), f"{entry.file}: tensor {name}")
+
+    def _pivot_rows(self, entry: ModuleEntry) -> Tensor:
+        tensor = f"{entry.name}.{PIVOT_ROWS}"
+        rows = self.shards.load(tensor)
+        check_pivot_rows(rows, entry.rank, entry.m, f"{self.shards.entry(tensor).file}: tensor {tensor}")
+        return rows
 
 
 def check_pivot_rows(rows: Tensor, rank: int, m: int, source: str) -> None:
