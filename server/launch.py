@@ -15,18 +15,42 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+import psutil
+
 # Beyond this, vLLM's own binding of threads to NUMA nodes is right; below, it keeps back a core that matters.
 _FEW_CORES = 4
 _POLL_SECONDS = 0.5
+# Of the memory that is free when the server starts, on a CPU.
+_KV_CACHE_SHARE = 0.25
+_MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 
 
-def set_cpu_defaults() -> None:
-    """On a CPU with few cores, give all of them to the engine unless the environment says otherwise."""
+def set_cpu_defaults(flags: list[str]) -> dict[str, str]:
+    """On a CPU, set what vLLM's defaults make too small or too greedy, unless the user said otherwise.
+
+    vLLM keeps back a core, which on two cores is half of the machine, and claims 92 % of the memory, which fails
+    as soon as anything else runs there.
+
+    Args:
+        flags: the user's flags of `vllm serve`.
+
+    Returns:
+        The environment variables that were set.
+    """
     from vllm.platforms import current_platform
 
+    if not current_platform.is_cpu():
+        return {}
+    defaults = {}
     cores = sorted(os.sched_getaffinity(0))
-    if current_platform.is_cpu() and len(cores) <= _FEW_CORES:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    if len(cores) <= _FEW_CORES:
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    if not any(flag.replace("_", "-").startswith(_MEMORY_FLAGS) for flag in flags):
+        available = psutil.virtual_memory().available
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(available * _KV_CACHE_SHARE) >> 30))
+    chosen = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(chosen)
+    return chosen
 
 
 def parse_arguments(model: str, flags: list[str]) -> argparse.Namespace:
@@ -72,7 +96,7 @@ def server_url(arguments: argparse.Namespace) -> str:
     """Return the URL under which this machine reaches the server."""
     scheme = "https" if getattr(arguments, "ssl_certfile", None) else "http"
     host = arguments.host
-    if host in (None, "", "0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
+    if host in (None, "", "0.0.0.0", "::"):  # compared with, not bound to
         host = "localhost"
     shown = f"[{host}]" if ":" in host else host
     root = (getattr(arguments, "root_path", None) or "").rstrip("/")

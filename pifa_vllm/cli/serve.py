@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     from pifa_vllm_server.launch import parse_arguments, serve, set_cpu_defaults
 
-    set_cpu_defaults()
+    for name, value in set_cpu_defaults(args.extra).items():
+        print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
     arguments = parse_arguments(args.model, args.extra)
     names = arguments.served_model_name or [args.model]
     try:
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         message = " ".join(str(error).split())
         raise PifaError(
-            f"{args.model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process failed, "
-            "its own message stands above in the log."
+            f"{args.model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process "
+            "failed, its own message stands above in the log."
         ) from error
     return 0
 
