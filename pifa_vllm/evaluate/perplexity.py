@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pifa_vllm.checkpoint import Shards
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_tokenizer
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, first_line, load_tokenizer
 
 # Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
 _LOGITS = 2**24
@@ -88,9 +88,10 @@ def load_model(directory: Path, dtype: str = "auto") -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EvaluationError(f"{directory}: transformers cannot load this model ({reason[0]}).") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise EvaluationError(
+            f"{directory}: transformers cannot load this model ({first_line(error)})."
+        ) from error
     if found["missing_keys"]:
         # transformers has filled them at random, with no more than a warning.
         raise EvaluationError(

@@ -155,5 +155,27 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for damaged files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EvaluationError(f"{directory}: the tokenizer cannot be loaded ({reason[0]}).") from error
+        raise EvaluationError(
+            f"{directory}: the tokenizer cannot be loaded ({first_line(error)})."
+        ) from error
+
+
+def load_config(directory: Path) -> Any:
+    """Load the transformers config of a local model directory.
+
+    Raises:
+        EvaluationError: if transformers does not know such a model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise EvaluationError(
+            f"{directory}: transformers cannot load this model ({first_line(error)})."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says in its first line: transformers tends to go on with advice."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pifa_vllm.checkpoint import Checkpoint, Shards, is_pifa
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_tokenizer
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_config, load_tokenizer
 
 # vLLM holds the logits of a whole step when prompt log-probabilities are asked for.
 _STEP_TOKENS = 512
@@ -32,7 +32,7 @@ def served_perplexity(
     Args:
         directory: a PIFA or dense model.
         text: as in `perplexity`, and so are `seqlen`, `max_windows` and `special_tokens`.
-        dtype: "auto", "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         eager: without torch.compile, which starts sooner.
 
     Raises:
@@ -48,6 +48,8 @@ def served_perplexity(
     windows = cut_windows(
         tokenizer, text, seqlen=seqlen, max_windows=max_windows, special_tokens=special_tokens
     )
+    config = load_config(directory)
+    check_fit(windows, config, str(directory))
     with _environment():
         try:
             from vllm import LLM
@@ -55,14 +57,10 @@ def served_perplexity(
             raise EvaluationError(
                 f"vLLM cannot be imported ({error}); install pifa-vllm[cpu] or pifa-vllm[cuda]."
             ) from error
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        check_fit(windows, config, str(directory))
         llm = LLM(
             model=str(directory),
-            skip_tokenizer_init=True,
-            dtype=dtype,
+            # Its own "auto" would turn float32 into bfloat16.
+            dtype=config.dtype if dtype == "auto" else dtype,
             max_model_len=seqlen,
             max_num_seqs=1,
             max_num_batched_tokens=min(seqlen, _STEP_TOKENS),
@@ -92,7 +90,7 @@ def _environment() -> Iterator[None]:
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)

@@ -120,3 +120,12 @@ def test_tensors_that_transformers_would_make_up(twins: Twins, tmp_path: Path) -
     directory = copy_edited(twins.dense, tmp_path / "incomplete", tensors=lambda t: t.pop(name))
     with pytest.raises(EvaluationError, match=rf"incomplete: tensor {name} is missing; LlamaForCausalLM"):
         perplexity(directory, TEXT, seqlen=100)
+
+
+def test_tensors_of_another_shape(twins: Twins, tmp_path: Path) -> None:
+    directory = copy_edited(
+        twins.dense, tmp_path / "other", tensors=lambda t: t.update({"model.norm.weight": torch.ones(63)})
+    )
+    with pytest.raises(EvaluationError, match="other: transformers cannot load this model") as caught:
+        perplexity(directory, TEXT, seqlen=100)
+    assert "\n" not in str(caught.value)
