@@ -115,8 +115,9 @@ def load_samples(
     else:
         tokens, record = _windows(spec, tokenizer, samples=samples, length=length, seed=seed, field=field)
     _check_vocabulary(int(tokens.max()), tokenizer, model_dir)
-    record |= {"samples": samples, "length": length, "seed": seed, "tokenizer_vocabulary": len(tokenizer)}
-    return CalibrationSet(tokens, record)
+    drawn = {"samples": samples, "length": length, "seed": seed, "tokenizer_vocabulary": len(tokenizer)}
+    # A token file's record has the seed that drew it, which is not this run's.
+    return CalibrationSet(tokens, drawn | record)
 
 
 def _windows(

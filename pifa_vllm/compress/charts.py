@@ -129,7 +129,10 @@ def _spread_labels(lines: list[Line], gap: float = 13.0) -> list[Line]:
     places = [lines[i].label_y for i in order]
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
-    overshoot = max(0.0, (places[-1] if places else 0.0) - (HEIGHT - BOTTOM))
-    places = [place - overshoot for place in places]
+    # Names that were pushed below the axis move up again, and push those above them.
+    limit = HEIGHT - BOTTOM
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
     placed = dict(zip(order, places, strict=True))
     return [Line(x.name, x.points, x.path, round(placed[i], 1)) for i, x in enumerate(lines)]

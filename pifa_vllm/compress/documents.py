@@ -38,7 +38,8 @@ DATASETS = {
 
 def is_file_spec(spec: str) -> bool:
     """Tell whether a calibration source is a file (which may be missing) rather than a dataset name."""
-    if spec in DATASETS:
+    # A directory is left to `datasets`, which reads the JSONL, Parquet, ... files in it.
+    if spec in DATASETS or Path(spec.partition(":")[0]).is_dir():
         return False
     written_as_path = spec.startswith(("/", "./", "../", "~")) or spec.lower().endswith(_FILE_SUFFIXES)
     return written_as_path or Path(spec).is_file()
@@ -156,11 +157,11 @@ def _value(record: dict[str, Any], field: str, tokenizer: Any, where: str) -> st
     value = record.get(field, record.get("messages"))
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value:
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value):
         return _render_chat(value, tokenizer, where)
+    found = f"the fields {sorted(map(str, record))}" if value is None else repr(value)[:60]
     raise CalibrationError(
-        f"{where}: expected text, or a list of chat messages, in field {field!r}, found "
-        f"{type(value).__name__ if field in record else f'the fields {sorted(map(str, record))}'}."
+        f"{where}: expected text, or a list of chat messages with roles, in field {field!r}, found {found}."
     )
 
 

@@ -104,6 +104,8 @@ def describe_calibration(report: CompressionReport) -> str:
         f"{record.get('split')} split",
     }
     what = sources.get(str(record.get("source")), "of unknown origin")
+    if "tokens_file" in record:
+        what += f" (token file {record['tokens_file']})"
     return (
         f"{record.get('samples', '?')} sequences of {record.get('length', '?')} tokens {what}, "
         f"seed {record.get('seed', '?')}."

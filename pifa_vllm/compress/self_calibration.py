@@ -130,8 +130,8 @@ class _Starts:
         if largest >= model.config.vocab_size:
             raise CalibrationError(
                 f"{model_dir}: the tokenizer gave token id {largest} (it knows {len(tokenizer)} tokens), expected "
-                f"ids below the model's vocab_size, found vocab_size {model.config.vocab_size}. Tokenizer and model do "
-                "not belong together."
+                f"ids below the model's vocab_size, found vocab_size {model.config.vocab_size}. Tokenizer and "
+                "model do not belong together."
             )
 
     def row(self, index: int) -> _Row:
@@ -223,9 +223,7 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()):
         raise CalibrationError(
-            
             "--calibration self: the model's logits are NaN or infinite; its weights are probably damaged."
-        
         )
     uniform = torch.rand(total.shape, generator=generator, device=logits.device) * total
     picked = torch.searchsorted(cumulative, uniform, right=True)
