@@ -37,8 +37,8 @@ class _QuantizersFinder(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.origin is None:
-            return None
+        if spec is None or spec.origin is None or not isinstance(spec.loader, SourceFileLoader):
+            return None  # not an ordinary file: let the others find it, unregistered
         return spec_from_file_location(fullname, spec.origin, loader=_QuantizersLoader(fullname, spec.origin))
 
 
