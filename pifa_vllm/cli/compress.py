@@ -161,8 +161,8 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
             "--density: expected a number in (0, 1] (or --recipe, or both of its parts), found none."
         )
     taken = (
-        "model output method representation mix ridge tile dtype calibration text_field samples length seed device "
-        "activation_dtype chunk_tokens pivoting max_coefficient"
+        "model output method representation mix feedback ridge tile dtype calibration text_field samples "
+        "length seed device activation_dtype chunk_tokens pivoting max_coefficient"
     )
     return CompressOptions(density=density, **{name: getattr(args, name) for name in taken.split()})
 

@@ -4,6 +4,7 @@ W is [m, n] and acts on inputs x [n]. The inputs enter only through second momen
 
     G = E[x xᵀ]     [n, n], x the inputs in the compressed model
     H = E[x_o xᵀ]   [n, n], x_o the inputs of the same tokens in the dense model
+    D = E[(h_o - h) xᵀ]   [m, n], what the residual stream has lost where the layer's output is added to it
 
 All functions compute in float64 and return factors U [m, r], V [r, n] with W' = U V.
 """
@@ -41,16 +42,30 @@ def whitened_svd(weight: Tensor, gram: Tensor, rank: int, ridge: float) -> Facto
     return _project(weight.double(), _regularised(gram, ridge), rank)
 
 
-def target_cross(weight: Tensor, gram: Tensor, cross: Tensor, mix: float) -> Tensor:
-    """Return E[y xᵀ] [m, n] for the target y = W((1 - λ) x + λ x_o) (MPIFA, section 4).
+def target_cross(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    mix: float,
+    drift: Tensor | None = None,
+    feedback: float = 0.0,
+) -> Tensor:
+    """Return E[y xᵀ] [m, n] for the target y = W((1 - λ) x + λ x_o) + μ (h_o - h).
+
+    The first term is M's (MPIFA, section 4). The second is ours: o and down write to the residual stream, which
+    by then carries the errors of every earlier layer, and a least-squares solve can make them undo the part of
+    it that their inputs predict, at no cost in rank or parameters.
 
     Args:
         weight: W [m, n].
         gram: G [n, n].
         cross: H [n, n].
         mix: λ, the share of the dense model's inputs in the target.
+        drift: D [m, n], None for modules that do not write to the residual stream.
+        feedback: μ.
     """
-    return weight.double() @ torch.lerp(gram.double(), cross.double(), mix)
+    target = weight.double() @ torch.lerp(gram.double(), cross.double(), mix)
+    return target if drift is None or feedback == 0.0 else target + feedback * drift.double()
 
 
 def alternating_update(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:

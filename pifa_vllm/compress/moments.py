@@ -10,24 +10,29 @@ _BLOCK = 384
 
 
 class Moments:
-    """Running G = E[x xᵀ] and H = E[x_o xᵀ], float32 sums over tokens.
+    """Running G = E[x xᵀ], H = E[x_o xᵀ] and D = E[(h_o - h) xᵀ], float32 sums over tokens.
 
-    x are the compressed model's inputs, x_o the dense model's. q, k, v share one instance, and so do gate and up.
+    x are the compressed model's inputs, x_o the dense model's; h and h_o the residual streams that the module's
+    output is added to. q, k, v share one instance, and so do gate and up.
 
     Args:
         features: n, the width of the inputs.
+        stream: width of the residual stream for modules that write to it (o and down), None for the others.
         dense_gram: accumulate G_o = E[x_o x_oᵀ] in place of G and H (for methods that look at the dense model
             alone).
     """
 
-    def __init__(self, features: int, device: torch.device, *, dense_gram: bool = False) -> None:
+    def __init__(
+        self, features: int, device: torch.device, *, stream: int | None = None, dense_gram: bool = False
+    ) -> None:
         self.tokens = 0
         self.dense_gram = dense_gram
         self._gram = torch.zeros(features, features, device=device)
         self._cross = None if dense_gram else torch.zeros(features, features, device=device)
+        self._drift = None if stream is None else torch.zeros(stream, features, device=device)
 
-    def add(self, dense: Tensor, compressed: Tensor) -> None:
-        """Accumulate one batch of inputs of the same tokens, each [..., n]."""
+    def add(self, dense: Tensor, compressed: Tensor, drift: Tensor | None = None) -> None:
+        """Accumulate one batch of the same tokens: inputs [..., n] each, and h_o - h [..., stream]."""
         x_o = dense.reshape(-1, dense.shape[-1]).float()
         x = x_o if self.dense_gram else compressed.reshape(-1, compressed.shape[-1]).float()
         self.tokens += x.shape[0]
@@ -38,6 +43,8 @@ class Moments:
             self._gram[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
         if self._cross is not None:
             self._cross.addmm_(x_o.T, x)
+        if self._drift is not None and drift is not None:
+            self._drift.addmm_(drift.reshape(-1, drift.shape[-1]).float().T, x)
 
     def gram(self) -> Tensor:
         """Return G (or G_o) [n, n], float64."""
@@ -49,3 +56,7 @@ class Moments:
         if self._cross is None:
             return self.gram()
         return self._cross.double() / max(self.tokens, 1)
+
+    def drift(self) -> Tensor | None:
+        """Return D [stream, n], float64; None for modules that do not write to the residual stream."""
+        return None if self._drift is None else self._drift.double() / max(self.tokens, 1)

@@ -32,6 +32,7 @@ class CompressOptions:
         length: tokens per sequence.
         seed: of the sampling.
         mix: λ, the share of the dense flow in M's target.
+        feedback: μ, the share of the residual stream's error that mpifa-exact asks o and down to undo.
         ridge: relative ridge of the method's solves.
         tile: ranks are multiples of this.
         pivoting: how pivot rows are chosen.
@@ -53,6 +54,7 @@ class CompressOptions:
     length: int = 2048
     seed: int = 0
     mix: float = 0.25
+    feedback: float = 1.0
     ridge: float | None = None
     tile: int = 16
     pivoting: Pivoting = "lu"
@@ -68,8 +70,9 @@ class CompressOptions:
                 raise PifaError(
                     f"--{name.replace('_', '-')}: expected {low} or more, found {getattr(self, name)}."
                 )
-        if not 0.0 <= self.mix <= 1.0:
-            raise PifaError(f"--mix: expected a number in [0, 1], found {self.mix}.")
+        for name in ("mix", "feedback"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise PifaError(f"--{name}: expected a number in [0, 1], found {getattr(self, name)}.")
         if not 0.0 <= self.effective_ridge < 1e6:
             raise PifaError(f"--ridge: expected a number of 0 or more, found {self.ridge}.")
         if not self.max_coefficient >= 1.0:
@@ -97,6 +100,7 @@ class CompressOptions:
             "length": self.length,
             "seed": self.seed,
             "mix": self.mix,
+            "feedback": self.feedback,
             "ridge": self.effective_ridge,
             "tile": self.tile,
             "pivoting": self.pivoting,

@@ -66,8 +66,8 @@ def reconstruct_layer(
             part = slice(start, start + chunk)
             yield part, [tensor[part].to(device, torch.float32) for tensor in tensors]
 
-    def moments(features: int) -> Moments:
-        return Moments(features, device, dense_gram=dense_gram)
+    def moments(features: int, stream: int | None = None) -> Moments:
+        return Moments(features, device, stream=stream, dense_gram=dense_gram)
 
     def settle(group: str, collected: Moments) -> None:
         for name in GROUPS[group]:
@@ -80,10 +80,10 @@ def reconstruct_layer(
         inputs.add(dense.attention_input(h_o), compressed.attention_input(h))
     settle("qkv", inputs)
 
-    inputs = moments(states.context.shape[-1])
+    inputs = moments(states.context.shape[-1], hidden_size)
     for part, (h_o, h) in chunks(states.dense_in, states.compressed_in):
         c_o, c = dense.attention(h_o), compressed.attention(h)
-        inputs.add(c_o, c)
+        inputs.add(c_o, c, h_o - h)
         states.context[part] = c
         states.dense_out[part] = dense.attention_output(h_o, c_o)
     settle("o", inputs)
@@ -95,10 +95,10 @@ def reconstruct_layer(
         states.compressed_out[part] = h
     settle("gate_up", inputs)
 
-    inputs = moments(states.intermediate.shape[-1])
+    inputs = moments(states.intermediate.shape[-1], hidden_size)
     for part, (h_o, h) in chunks(states.dense_out, states.compressed_out):
         d_o, d = dense.mlp(h_o), compressed.mlp(h)
-        inputs.add(d_o, d)
+        inputs.add(d_o, d, h_o - h)
         states.intermediate[part] = d
         states.dense_out[part] = dense.mlp_output(h_o, d_o)
     settle("down", inputs)

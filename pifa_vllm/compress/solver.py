@@ -116,9 +116,11 @@ class LayerSolver:
             return truncated_svd(weight, rank)
         if method == "svd-llm":
             return whitened_svd(weight, gram, rank, ridge)
-        target = target_cross(weight, gram, moments.cross(), self._options.mix)
+        mix, feedback = self._options.mix, self._options.feedback
         if method == "mpifa":
+            target = target_cross(weight, gram, moments.cross(), mix)
             return alternating_update(weight, gram, target, rank, ridge)
+        target = target_cross(weight, gram, moments.cross(), mix, moments.drift(), feedback)
         return reduced_rank_regression(weight, gram, target, rank, ridge)
 
     def _keep_dense(self, name: str, weight: Tensor, bias: Tensor | None, started: float) -> Tensor:

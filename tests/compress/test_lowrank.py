@@ -117,3 +117,22 @@ def test_output_error_is_the_relative_error_on_the_inputs():
     assert output_error(weight, other, gram) == pytest.approx(direct, rel=1e-9)
     assert output_error(weight, weight, gram) == 0.0
     assert output_error(weight, other, torch.zeros(7, 7)) == 0.0
+
+
+def test_feedback_aims_at_the_dense_residual_stream():
+    """With the drift in the target, output plus compressed stream come closer to the dense ones."""
+    weight, x_o, x, gram, cross = problem(12, 10)
+    lost = x @ torch.randn(10, 12, dtype=torch.float64) * 0.3 + 0.05 * torch.randn(
+        400, 12, dtype=torch.float64
+    )
+    drift = lost.T @ x / 400
+
+    def distance(feedback):
+        target = target_cross(weight, gram, cross, 0.25, drift, feedback)
+        u, v = reduced_rank_regression(weight, gram, target, 8, 1e-6)
+        return float((x_o @ weight.T + lost - x @ (u @ v).T).norm())
+
+    assert distance(1.0) < distance(0.5) < distance(0.0)
+    assert torch.equal(
+        target_cross(weight, gram, cross, 0.25, None, 1.0), target_cross(weight, gram, cross, 0.25)
+    )

@@ -27,3 +27,12 @@ def test_dense_gram_ignores_the_compressed_inputs():
     expected = dense.double().T @ dense.double() / 50
     torch.testing.assert_close(moments.gram(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(moments.cross(), expected, atol=1e-6, rtol=0)
+
+
+def test_drift_is_what_the_residual_stream_has_lost():
+    x, lost = torch.randn(50, 6), torch.randn(50, 9)
+    moments = Moments(6, torch.device("cpu"), stream=9)
+    moments.add(x[:20], x[:20], lost[:20])
+    moments.add(x[20:], x[20:], lost[20:])
+    torch.testing.assert_close(moments.drift(), lost.double().T @ x.double() / 50, atol=1e-6, rtol=0)
+    assert Moments(6, torch.device("cpu")).drift() is None
