@@ -44,13 +44,17 @@ def read_tokens(path: Path, samples: int, length: int) -> tuple[Tensor, dict[str
             tokens: Tensor = file.get_tensor("tokens")
             record = json.loads((file.metadata() or {}).get("record", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: expected a safetensors file with a tensor `tokens` ({error}).") from error
+        raise CalibrationError(
+            f"{path}: expected a safetensors file with a tensor `tokens` ({error})."
+        ) from error
     if tokens.dtype != torch.int64 or tuple(tokens.shape) != (samples, length):
         raise CalibrationError(
             f"{path}: tensor tokens: expected int64 [{samples}, {length}] as --samples and --length say, found "
             f"{tokens.dtype} {list(tokens.shape)}."
         )
     if tokens.numel() and int(tokens.min()) < 0:
-        raise CalibrationError(f"{path}: tensor tokens: expected ids of 0 or more, found {int(tokens.min())}.")
+        raise CalibrationError(
+            f"{path}: tensor tokens: expected ids of 0 or more, found {int(tokens.min())}."
+        )
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return tokens, {**record, "tokens_file": path.name, "tokens_sha256": digest}
