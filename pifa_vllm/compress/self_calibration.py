@@ -2,10 +2,11 @@
 
 The idea is LLM-QAT's (arXiv 2305.17888) and self-calibration's (arXiv 2410.17170): text that a model samples at
 temperature 1 follows the distribution that it was trained on. What it samples is decided by how a text starts, so
-rows start in three ways that take turns:
+rows start in up to three ways that take turns:
 
-    a document      the tokenizer's own start token
     a random token  anything of the vocabulary, LLM-QAT's way to diversity
+    a document      the tokens that the tokenizer puts before every text; where it puts none, the token that is
+                    called bos has another use in training, and texts that start with it are poor
     a chat          the chat template up to where the user speaks, so that the model asks its own question and
                     then answers it (Magpie, arXiv 2406.08464); if there is a template
 
@@ -118,15 +119,16 @@ class _Starts:
         self._vocabulary = min(len(tokenizer), int(model.config.vocab_size))
         self._generator = generator
         self._ends = _end_tokens(tokenizer, model)
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        # What the tokenizer puts before every text, which some do and some don't.
+        self._prefix = [x for x in tokenizer("")["input_ids"] if x not in self._ends]
         self._openings: dict[str, Callable[[], Iterator[list[int]]]] = {"random token": self._random_tokens}
-        if start is not None:
-            self._openings["document"] = lambda: cycle([[start]])
+        if self._prefix:
+            self._openings["document"] = lambda: cycle([self._prefix])
         turns = _chat_turns(tokenizer, self._ends)
         if turns is not None:
             self._openings["chat"] = lambda: cycle(turns)
         self.kinds = list(self._openings)
-        largest = max(start or 0, *(token for turn in turns or () for token in turn), 0)
+        largest = max(self._prefix + [token for turn in turns or () for token in turn], default=0)
         if largest >= model.config.vocab_size:
             raise CalibrationError(
                 f"{model_dir}: the tokenizer gave token id {largest} (it knows {len(tokenizer)} tokens), expected "
@@ -140,7 +142,8 @@ class _Starts:
 
     def _random_tokens(self) -> Iterator[list[int]]:
         while True:
-            yield torch.randint(0, self._vocabulary, (1,), generator=self._generator).tolist()
+            drawn: list[int] = torch.randint(0, self._vocabulary, (1,), generator=self._generator).tolist()
+            yield self._prefix + drawn
 
 
 def _end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
