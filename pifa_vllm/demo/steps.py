@@ -124,6 +124,7 @@ class Demo:
                 length=self.length,
                 seed=_SEED,
                 model_dir=self.dense,
+                on_progress=make_progress().sampling,
             )
             write_tokens(path, calibration.tokens, calibration.record)
         return path
