@@ -25,9 +25,9 @@ def assemble(y_p: Tensor, y_np: Sequence[Tensor], out_order: Tensor, bias: Tenso
     Returns:
         [..., Σm], contiguous.
     """
-    # Inductor must not fuse this step: where an in-place op, such as vLLM's rotary embedding, follows on a slice
-    # of the output, it would read the fused slice as if it still had the strides of the whole, out of bounds.
-    # An op of our own is a buffer to it. It has no gradient, which eager mode takes from the torch ops.
+    # Inductor must not fuse this step. Where an in-place op, such as vLLM's rotary embedding, follows on a slice
+    # of the output, Inductor (as vLLM sets it) would read the fused slice by the strides of the whole, out of
+    # bounds; the output of an op is a buffer to it. The op has no gradient: training takes the torch ops.
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         y: Tensor = torch.ops.pifa.assemble(y_p, list(y_np), out_order, bias)
         return y

@@ -65,14 +65,16 @@ class PIFAQuantizationConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Check the headers of a local checkpoint before any process or memory is spent on it.
+        """Check a local checkpoint's headers and pivot rows before any process or memory is spent on it.
 
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
         directory = Path(model_name)
         if directory.is_dir():
-            self.tensors = set(Checkpoint.open(directory).shards.entries)
+            checkpoint = Checkpoint.open(directory)
+            checkpoint.check_pivot_rows()
+            self.tensors = set(checkpoint.shards.entries)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules and tensors as the model does that vLLM is about to build."""
@@ -106,8 +108,13 @@ class PIFAQuantizationConfig(QuantizationConfig):
         """Check, once the model is built, that every compressed module became a layer of it.
 
         Raises:
-            CheckpointError: naming the modules that did not.
+            CheckpointError: naming a module that did not.
         """
+        from vllm.distributed import get_pp_group
+
+        if get_pp_group().world_size > 1:
+            # Each pipeline rank builds its own layers only, and skips the tensors of the others.
+            return
         unknown = sorted(self.ranks.keys() - self._matched)
         if unknown:
             raise CheckpointError(

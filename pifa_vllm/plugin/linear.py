@@ -137,7 +137,6 @@ class PIFALinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: naming layer, tensor, expected and found.
         """
-        self.config.check_all_matched()
         pivot_weights = self.split("pivot_weight", layer.pivot_weight)
         coefficients = self.split("coefficients", layer.coefficients)
         for i, shard in enumerate(self.shards):
@@ -183,6 +182,7 @@ def _load_shard(
 ) -> None:
     """Copy one tensor of the checkpoint into its place; vLLM calls this once per shard and parameter."""
     method: PIFALinearMethod = layer.quant_method
+    method.config.check_all_matched()
     suffix: str = param.suffix  # type: ignore[attr-defined]  # set by create_weights
     index = _SHARD_INDEX[shard_id] if isinstance(shard_id, str) else shard_id or 0
     shard = method.shards[index]
