@@ -55,6 +55,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="λ, the dense flow's share in M's target (default: %(default)s)",
     )
     add(
+        "--feedback",
+        type=float,
+        default=1.0,
+        help="μ, the share of the residual stream's error that mpifa-exact asks o and down to undo "
+        "(default: %(default)s)",
+    )
+    add(
         "--ridge",
         type=float,
         help="ridge of the solves, relative to the inputs' mean square (default: by method)",
