@@ -45,7 +45,9 @@ class Demo:
         self.samples, self.length = samples, length
         self.text = text
         self.dense = work_dir / "smollm2-135m-instruct"
-        self.console = Console()
+        self.log = work_dir / "server.log"
+        # Paths and numbers are not to be coloured one by one.
+        self.console = Console(highlight=False)
         work_dir.mkdir(parents=True, exist_ok=True)
         logging.disable_progress_bar()
 
@@ -79,8 +81,8 @@ class Demo:
         Returns:
             0 when the chat was answered and the server stopped as asked.
         """
-        self._heading("a vLLM server on the compressed model", directory)
-        with Server(directory, port, log=self.work_dir / "server.log") as server:
+        self.console.print(f"\n[b]== a vLLM server[/b] on {directory}, log in {self.log}", soft_wrap=True)
+        with Server(directory, port, log=self.log) as server:
             self.console.print(
                 f"ready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
             )
@@ -154,5 +156,5 @@ class Demo:
         return "\n\n".join(topics.topics.values())
 
     def _heading(self, what: str, where: Path) -> None:
-        state = "already there" if where.exists() and where != self.work_dir else "making"
-        self.console.rule(f"[b]{what}[/b] ({state}: {where})", align="left")
+        state = "already in" if where.exists() else "making"
+        self.console.print(f"\n[b]== {what}[/b], {state} {where}", soft_wrap=True)
