@@ -137,17 +137,19 @@ class PIFALinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: naming layer, tensor, expected and found.
         """
-        pivot_weights = self.split("pivot_weight", layer.pivot_weight)
-        coefficients = self.split("coefficients", layer.coefficients)
-        for i, shard in enumerate(self.shards):
+        for shard in self.shards:
             for suffix in shard.suffixes:
                 if suffix not in shard.loaded:
                     raise CheckpointError(f"{shard.source(suffix)} is missing from the checkpoint.")
-            # In the dtype that is served: a checkpoint's float32 may overflow in float16.
-            check_finite(pivot_weights[i], f"{shard.source(shard.suffixes[0])} ({pivot_weights[i].dtype})")
-            check_finite(coefficients[i], f"{shard.source('coefficients')} ({coefficients[i].dtype})")
             # Should weights be loaded again, the next load is checked by itself.
             shard.loaded.clear()
+
+        pivot_weights = self.split("pivot_weight", layer.pivot_weight)
+        coefficients = self.split("coefficients", layer.coefficients)
+        for shard, w, c in zip(self.shards, pivot_weights, coefficients, strict=True):
+            # In the dtype that is served: a checkpoint's float32 may overflow in float16.
+            check_finite(w, f"{shard.source(shard.suffixes[0])} ({w.dtype})")
+            check_finite(c, f"{shard.source('coefficients')} ({c.dtype})")
 
         rows = self.split("pivot_rows", layer.pivot_rows)
         for i, shard in enumerate(self.shards):
