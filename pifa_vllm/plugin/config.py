@@ -1,4 +1,8 @@
-"""vLLM's view of a PIFA checkpoint: which of its layers are compressed, and to which ranks."""
+"""vLLM's view of a PIFA checkpoint: which of its layers are compressed, and to which ranks.
+
+Every vLLM process imports this module, whatever model it serves. What only PIFA checkpoints need is therefore
+imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from pifa_vllm.checkpoint import Checkpoint, PIFAConfig
 from pifa_vllm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
+
+    from pifa_vllm.checkpoint import PIFAConfig
+    from pifa_vllm.plugin.linear import Shard
 
 
 class PIFAQuantizationConfig(QuantizationConfig):
@@ -60,6 +66,8 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: naming the offending field.
         """
+        from pifa_vllm.checkpoint import PIFAConfig
+
         return cls(PIFAConfig.parse(config, "config.json"))
 
     def maybe_update_config(
@@ -70,6 +78,8 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
+        from pifa_vllm.checkpoint import Checkpoint
+
         directory = Path(model_name)
         if directory.is_dir():
             checkpoint = Checkpoint.open(directory)
@@ -88,8 +98,6 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: if a local checkpoint lacks one of the layer's tensors.
         """
-        # Imported here because vLLM's layers trigger set-up that a process that serves another model must not
-        # pay for, and may not be ready for, when it calls `register`.
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from pifa_vllm.plugin.linear import PIFALinearMethod, Shard
@@ -128,7 +136,7 @@ class PIFAQuantizationConfig(QuantizationConfig):
         parent, dot, last = prefix.rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
 
-    def _check_tensors(self, shards: list[Any], has_bias: bool) -> None:
+    def _check_tensors(self, shards: list[Shard], has_bias: bool) -> None:
         """Check what vLLM's loader does not for quantized models: that nothing stays uninitialised."""
         if self.tensors is None:
             return

@@ -60,6 +60,4 @@ print(sorted(new))
 """
     new = run_python(script)
     assert "vllm.model_executor.layers.linear" not in new
-    assert "pifa_vllm.plugin.linear" not in new
-    assert "pifa_vllm.ops" not in new
-    assert "pifa_vllm.compress" not in new
+    assert not any(f"'pifa_vllm.{part}" in new for part in ("checkpoint", "ops", "compress", "plugin.linear"))
