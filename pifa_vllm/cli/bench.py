@@ -31,7 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--densities", default="0.8,0.6,0.5", help="(default: %(default)s)")
     add("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     add("--max-windows", type=int, default=8, help="evaluation windows (default: %(default)s)")
-    parser.set_defaults(run=run, accepts_extra=True)
+    quality.set_defaults(run=run, accepts_extra=True)
+    table = kinds.add_parser("table", help="print the results of bench quality as Markdown")
+    table.add_argument("results", type=Path, metavar="JSON")
+    table.set_defaults(run=run_table)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,4 +65,14 @@ def run(args: argparse.Namespace) -> int:
         command=command_line(sys.argv),
         say=lambda line: print(line, flush=True),
     )
+    return 0
+
+
+def run_table(args: argparse.Namespace) -> int:
+    """Print the tables."""
+    from pifa_vllm.bench.table import cost_table, perplexity_table
+    from pifa_vllm.checkpoint import read_json
+
+    results = read_json(args.results)
+    print(perplexity_table(results), cost_table(results), sep="\n\n")
     return 0
