@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -16,6 +18,8 @@ import urllib.request
 from collections.abc import Callable
 
 import psutil
+
+from pifa_vllm.errors import PifaError
 
 # Beyond this, vLLM's own binding of threads to NUMA nodes is right; below, it keeps back a core that matters.
 _FEW_CORES = 4
@@ -103,10 +107,32 @@ def server_url(arguments: argparse.Namespace) -> str:
     return f"{scheme}://{shown}:{arguments.port}{root}"
 
 
+def check_port_is_free(arguments: argparse.Namespace) -> None:
+    """Find out before a minute of loading that another server holds the port.
+
+    Raises:
+        PifaError: naming the port.
+    """
+    if arguments.uds or arguments.port == 0:
+        return
+    with socket.socket(socket.AF_INET6 if ":" in (arguments.host or "") else socket.AF_INET) as probe:
+        # As uvicorn does: connections of a server that has just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((arguments.host or "0.0.0.0", arguments.port))
+        except OSError as error:
+            raise PifaError(
+                f"--port: expected a free one, found {arguments.port} not to be had "
+                f"({error.strerror}). Choose another."
+            ) from error
+
+
 def _announce(url: str, on_ready: Callable[[str], None]) -> None:
+    # Our own server, whose certificate may be signed by anyone.
+    trust = ssl._create_unverified_context() if url.startswith("https") else None
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2.0):
+            with urllib.request.urlopen(f"{url}/health", timeout=2.0, context=trust):
                 break
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_SECONDS)

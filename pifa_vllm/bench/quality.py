@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -14,18 +15,20 @@ from typing import Any
 
 import torch
 
-from pifa_vllm.checkpoint.writer import CheckpointWriter
+from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport
 from pifa_vllm.errors import PifaError
 from pifa_vllm.evaluate.perplexity import perplexity
 
-# Name in the tables: (method, representation). The baselines are counted as they are usually stored.
+# Name in the tables: options. The baselines are counted as they are usually stored.
 VARIANTS = {
-    "svd": ("svd", "lowrank"),
-    "svd-llm": ("svd-llm", "lowrank"),
-    "svd-llm-pifa": ("svd-llm", "pifa"),
-    "mpifa": ("mpifa", "pifa"),
-    "mpifa-exact": ("mpifa-exact", "pifa"),
+    # It looks at no inputs: the sample only feeds the report's errors.
+    "svd": ("--method", "svd", "--representation", "lowrank", "--samples", "1"),
+    "svd-llm": ("--method", "svd-llm", "--representation", "lowrank"),
+    "svd-llm-pifa": ("--method", "svd-llm"),
+    "mpifa": ("--method", "mpifa"),
+    "mpifa-exact-no-feedback": ("--method", "mpifa-exact", "--feedback", "0"),
+    "mpifa-exact": ("--method", "mpifa-exact"),
 }
 
 
@@ -43,7 +46,7 @@ def quality(
     command: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Compress by every variant at every density and measure each result; finished rows are kept in `output`.
+    """Compress by every variant at every density and measure each result.
 
     Each compression is a process of its own, so that its CPU time and peak memory are its own.
 
@@ -64,8 +67,13 @@ def quality(
         PifaError: if a compression fails.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    content = text.read_text(encoding="utf-8")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PifaError(f"{text}: cannot be read as UTF-8 text ({error}).") from error
     rows: list[dict[str, Any]] = []
+    # Checkpoints of another model or of other options are not to be taken for these.
+    key = hashlib.sha256(json.dumps([str(model.resolve()), compress_options]).encode()).hexdigest()[:8]
 
     def measure(directory: Path) -> dict[str, Any]:
         result = perplexity(directory, content, seqlen=seqlen, max_windows=max_windows)
@@ -75,8 +83,7 @@ def quality(
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        CheckpointWriter(output, output.parent).write_json(
-            output.name,
+        results = json.dumps(
             {
                 "command": command,
                 "model": model.name,
@@ -85,13 +92,16 @@ def quality(
                 "machine": describe_machine(),
                 "rows": rows,
             },
+            indent=1,
+            allow_nan=False,
         )
+        replace_file(output, lambda path: path.write_text(results + "\n", encoding="utf-8"))
         say(json.dumps(row))
 
     keep({"variant": "dense", "density": 1.0, **measure(model)})
     for density in densities:
         for variant in variants:
-            directory = work_dir / f"{variant}-{density:g}"
+            directory = work_dir / f"{variant}-{density:g}-{key}"
             if not directory.exists():
                 _compress(model, directory, variant, density, compress_options)
             report = CompressionReport.model_validate_json(
@@ -107,8 +117,8 @@ def quality(
                     "cpu_seconds": report.cpu_seconds,
                     "seconds": report.seconds,
                     "peak_rss_bytes": report.peak_rss_bytes,
-                    "max_weight_error": max(x.weight_error for x in modules),
-                    "max_coefficient": max(x.max_coefficient for x in modules),
+                    "max_weight_error": max((x.weight_error for x in modules), default=0.0),
+                    "max_coefficient": max((x.max_coefficient for x in modules), default=0.0),
                     "last_flow_error": report.layers[-1].flow_error,
                 }
             )
@@ -133,11 +143,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _compress(model: Path, directory: Path, variant: str, density: float, options: list[str]) -> None:
-    method, representation = VARIANTS[variant]
     command = [sys.executable, "-m", "pifa_vllm", "compress", str(model), str(directory)]
-    command += ["--method", method, "--representation", representation, "--density", f"{density:g}", *options]
-    if method == "svd":
-        command += ["--samples", "1"]  # it looks at no inputs; they only feed the report's errors
+    command += ["--density", f"{density:g}", *options, *VARIANTS[variant]]
     done = subprocess.run(command, check=False)
     if done.returncode != 0:
         raise PifaError(f"{directory}: `{' '.join(command)}` ended with exit code {done.returncode}.")

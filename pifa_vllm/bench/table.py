@@ -9,6 +9,7 @@ _TITLES = {
     "svd-llm": "SVD-LLM",
     "svd-llm-pifa": "SVD-LLM + PIFA",
     "mpifa": "`mpifa`",
+    "mpifa-exact-no-feedback": "`mpifa-exact --feedback 0`",
     "mpifa-exact": "`mpifa-exact`",
 }
 
@@ -35,7 +36,7 @@ def cost_table(results: dict[str, Any]) -> str:
         "|---" * 7 + "|",
     ]
     for row in results["rows"]:
-        if row["variant"] not in ("mpifa", "mpifa-exact"):
+        if not row["variant"].startswith("mpifa"):
             continue
         lines.append(
             f"| {_TITLES[row['variant']]} | {row['density']:g} / {row['kept_density']:.4f} "

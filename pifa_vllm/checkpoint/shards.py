@@ -72,7 +72,7 @@ class Shards:
         if index_path.is_file():
             self._open_index(index_path)
         elif (directory / SINGLE_NAME).is_file():
-            for name, entry in _read_header(directory / SINGLE_NAME):
+            for name, entry in read_header(directory / SINGLE_NAME):
                 self.entries[name] = entry
         else:
             found = sorted(p.name for p in directory.glob("*.bin")) or "no weights"
@@ -142,7 +142,7 @@ class Shards:
                 )
             if not path.is_file():
                 raise CheckpointError(f"{path}: shard is missing, but {index_path.name} names it.")
-            headers[file] = dict(_read_header(path))
+            headers[file] = dict(read_header(path))
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise CheckpointError(
@@ -156,7 +156,12 @@ class Shards:
             ]
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the name and entry of every tensor in one shard.
+
+    Raises:
+        CheckpointError: if the file is no safetensors file, or not a whole one.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as shard:
             for name in shard.keys():  # noqa: SIM118  # safe_open is no mapping

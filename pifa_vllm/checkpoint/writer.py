@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pifa_vllm.checkpoint.atomic import replace_file, sync, write_error
 from pifa_vllm.checkpoint.schema import BIAS, COEFFICIENTS, PIVOT_ROWS, PIVOT_WEIGHT, PIFAConfig
-from pifa_vllm.checkpoint.shards import INDEX_NAME, _read_header
+from pifa_vllm.checkpoint.shards import INDEX_NAME, read_header
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
 
@@ -52,16 +51,9 @@ class CheckpointWriter:
         Raises:
             CheckpointError: if it cannot be written, the disk being full among the causes.
         """
-        target = self.staging / file
-        scratch = self.staging / f".{file}.tmp"
-        try:
-            # Contiguous clones: a view would make safetensors write, or refuse, its whole base.
-            save_file({k: v.contiguous() for k, v in tensors.items()}, scratch, metadata={"format": "pt"})
-            sync(scratch)
-            os.replace(scratch, target)
-        except (OSError, SafetensorError) as error:
-            scratch.unlink(missing_ok=True)
-            raise write_error(target, error) from error
+        # A view that is not contiguous would make safetensors refuse it.
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        replace_file(self.staging / file, lambda path: save_file(whole, path, metadata={"format": "pt"}))
 
     def write_json(self, file: str, value: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -69,15 +61,7 @@ class CheckpointWriter:
 
     def write_text(self, file: str, text: str) -> None:
         """Write a text file, whole or not at all."""
-        target = self.staging / file
-        scratch = self.staging / f".{file}.tmp"
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            sync(scratch)
-            os.replace(scratch, target)
-        except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise write_error(target, error) from error
+        replace_file(self.staging / file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def copy_companions(self, source: Path) -> None:
         """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""
@@ -89,6 +73,11 @@ class CheckpointWriter:
                         sync(self.staging / path.name)
                     except OSError as error:
                         raise write_error(self.staging / path.name, error) from error
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors in the shards that were written."""
+        shards = self.staging.glob("*.safetensors")
+        return sum(entry.nbytes for path in shards for _, entry in read_header(path))
 
     def publish(self, model_config: dict[str, Any], pifa_config: PIFAConfig | None) -> None:
         """Write index and config.json, then make the directory appear as `output`.
@@ -103,7 +92,7 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         total = 0
         for path in sorted(self.staging.glob("*.safetensors")):
-            for name, entry in _read_header(path):
+            for name, entry in read_header(path):
                 weight_map[name] = path.name
                 total += entry.nbytes
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -137,20 +126,3 @@ def module_tensors(name: str, factors: PIFA, bias: Tensor | None, dtype: torch.d
     if bias is not None:
         tensors[f"{name}.{BIAS}"] = bias.to(dtype)
     return tensors
-
-
-def sync(path: Path) -> None:
-    """Push a file or directory entry to the disk, so that a power cut cannot undo a later rename."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_error(target: Path, error: Exception) -> CheckpointError:
-    """Describe a failed write; a full disk says how to go on."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full:
-        return CheckpointError(f"{target}: the disk is full. Free some space and run the same command again.")
-    return CheckpointError(f"{target}: cannot be written ({error}).")

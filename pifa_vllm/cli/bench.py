@@ -8,7 +8,7 @@ from pathlib import Path
 
 _EPILOG = """\
 Options that `bench quality` does not know go to `pifa-vllm compress`, such as --calibration, --samples, --length
-and --seed. Checkpoints are kept in the work directory, and a row that is there is not computed again.
+and --seed. Checkpoints are kept in the work directory and are not computed again.
 """
 
 

@@ -18,9 +18,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Read lines, stream answers; end at the end of the input."""
-    from openai import APIConnectionError, OpenAI, OpenAIError
-
     from pifa_vllm.errors import PifaError
+
+    try:
+        from openai import APIConnectionError, OpenAI, OpenAIError
+    except ModuleNotFoundError as error:
+        raise PifaError(
+            "openai: expected the client library, found none. Install it with: pip install openai"
+        ) from error
 
     client = OpenAI(base_url=f"{args.url.rstrip('/')}/v1", api_key=args.api_key, max_retries=0)
     history: list[dict[str, str]] = []

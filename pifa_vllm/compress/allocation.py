@@ -117,6 +117,9 @@ def allocate(
         representation: which parameter count to budget.
         tile: ranks are multiples of this, but for modules whose whole budget is below one tile.
 
+    Raises:
+        PifaError: if a density leaves a module nothing.
+
     Returns:
         Rank by module name; modules that stay dense (density 1, or no rank below min(m, n) saves anything) are
         left out.
@@ -133,6 +136,11 @@ def allocate(
         if exact >= full:
             continue
         rank = exact // tile * tile or exact
+        if rank == 0:
+            raise PifaError(
+                f"density: {linear.name} [{m}, {n}] keeps nothing at density {wanted:g}, expected one that leaves "
+                "every module a rank of 1 or more."
+            )
         ranks[linear.name] = rank
         shapes[linear.name] = linear
         spare += wanted * m * n - count(m, n, rank)

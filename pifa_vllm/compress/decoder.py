@@ -65,10 +65,16 @@ class DenseModel:
         self.raw_config = read_json(directory / "config.json")
         self._check_supported()
         self.shards = Shards(directory)
-        self.config: Any = AutoConfig.from_pretrained(directory)
-        self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._skeleton: Any = AutoModelForCausalLM.from_config(self.config)
+        try:
+            self.config: Any = AutoConfig.from_pretrained(directory)
+            self.config._attn_implementation = "sdpa"
+            with torch.device("meta"):
+                self._skeleton: Any = AutoModelForCausalLM.from_config(self.config)
+        except Exception as error:  # transformers validates in many places, with as many kinds of error
+            raise UnsupportedModelError(
+                f"{directory / 'config.json'}: transformers cannot make a model of it ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]})."
+            ) from error
         self._rotary = type(self._skeleton.model.rotary_emb)(self.config)
         self._check_shapes()
 
@@ -111,25 +117,21 @@ class DenseModel:
         """Look up token embeddings [..., hidden] without loading the whole table."""
         return self.shards.load_rows("model.embed_tokens.weight", tokens)
 
-    def layer(self, index: int, device: torch.device) -> StagedLayer:
-        """Load one decoder layer in float32.
+    def layer_twice(self, index: int, device: torch.device) -> tuple[StagedLayer, StagedLayer]:
+        """Load one decoder layer in float32, to be run with its original and with other weights.
+
+        Both share their memory: `StagedLayer.replace_weight` replaces, it does not overwrite.
 
         Raises:
             CheckpointError: if a tensor cannot be read or is not finite.
         """
-        config = self.config
-        with torch.device("meta"):
-            module = type(self._skeleton.model.layers[index])(config, index)
         prefix = f"model.layers.{index}."
         state = {}
-        for name in module.state_dict():
+        for name in self._skeleton.model.layers[index].state_dict():
             tensor = self.shards.load(prefix + name)
             check_finite(tensor, f"{self.shards.entry(prefix + name).file}: tensor {prefix}{name}")
             state[name] = tensor.to(device, torch.float32)
-        module.load_state_dict(state, assign=True)
-        module.requires_grad_(False)
-        module.eval()
-        return StagedLayer(module, self._rotary.to(device), self._window(module))
+        return self._staged(index, state, device), self._staged(index, state, device)
 
     def norm_tensors(self, layer: int) -> list[str]:
         """Names of a decoder layer's tensors that belong to no linear module."""
@@ -138,7 +140,7 @@ class DenseModel:
         return [x for x in self.shards.entries if x.startswith(prefix) and not x.startswith(linear)]
 
     def untouched_tensors(self) -> list[str]:
-        """Names of the tensors outside the decoder layers, which go into the checkpoint as they are."""
+        """Names of the tensors outside the decoder layers, which are not compressed."""
         return [name for name in self.shards.entries if not name.startswith("model.layers.")]
 
     def check_finite(self) -> None:
@@ -149,6 +151,14 @@ class DenseModel:
         """
         for name, entry in self.shards.entries.items():
             check_finite(self.shards.load(name), f"{entry.file}: tensor {name}")
+
+    def _staged(self, index: int, state: dict[str, Tensor], device: torch.device) -> StagedLayer:
+        with torch.device("meta"):
+            module = type(self._skeleton.model.layers[index])(self.config, index)
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+        module.eval()
+        return StagedLayer(module, self._rotary.to(device), self._window(module))
 
     def _window(self, module: Any) -> int | None:
         attention = module.self_attn

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pifa_vllm.checkpoint.writer import sync, write_error
+from pifa_vllm.checkpoint.atomic import sync, write_error
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Flows:
         """Push the states entering `layer` to the disk."""
         sync(self._path("dense", layer))
         sync(self._path("compressed", layer))
+        sync(self.directory)
 
     def discard(self, layer: int) -> None:
         """Delete the states entering `layer`, once those of the next one are committed."""

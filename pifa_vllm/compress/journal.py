@@ -5,13 +5,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pifa_vllm.checkpoint.writer import sync, write_error
+from pifa_vllm.checkpoint.atomic import replace_file, write_error
 from pifa_vllm.compress.decoder import DenseModel
 from pifa_vllm.compress.report_schema import LayerReport, ModuleReport
 from pifa_vllm.errors import PifaError
@@ -48,14 +47,8 @@ class Journal(BaseModel):
 
     def save(self, path: Path) -> None:
         """Replace the journal on disk, whole or not at all."""
-        scratch = path.with_suffix(".tmp")
-        try:
-            scratch.write_text(self.model_dump_json(), encoding="utf-8")
-            sync(scratch)
-            os.replace(scratch, path)
-            sync(path.parent)
-        except OSError as error:
-            raise write_error(path, error) from error
+        text = self.model_dump_json()
+        replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path, inputs: dict[str, Any]) -> Journal | None:
@@ -116,7 +109,10 @@ def lock(directory: Path) -> IO[str]:
     Raises:
         PifaError: if another process holds it.
     """
-    file = (directory / "lock").open("w")
+    try:
+        file = (directory / "lock").open("w")
+    except OSError as error:
+        raise write_error(directory, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

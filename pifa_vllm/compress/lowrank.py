@@ -85,8 +85,7 @@ def alternating_update(weight: Tensor, gram: Tensor, target: Tensor, rank: int, 
     _, v = _project(weight.double(), regularised, rank)
     u = _solve_spd(v @ regularised @ v.T, v @ (target.double() + _alpha(gram, ridge) * weight.double()).T).T
     least_squares = _least_squares(weight, gram, target, ridge)
-    v = torch.linalg.lstsq(u, least_squares).solution
-    return u, v
+    return u, _solve_spd(u.T @ u, u.T @ least_squares)
 
 
 def reduced_rank_regression(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:

@@ -88,6 +88,11 @@ class CompressOptions:
         """Whether modules are solved on the compressed flow's inputs (M) or on the dense flow's alone."""
         return self.method in ("mpifa", "mpifa-exact")
 
+    @property
+    def uses_drift(self) -> bool:
+        """Whether the residual stream's error is part of the targets."""
+        return self.method == "mpifa-exact" and self.feedback > 0.0
+
     def record(self) -> dict[str, Any]:
         """List what bears on the result, in JSON types, for the fingerprint and the report."""
         return {

@@ -9,13 +9,15 @@ import shutil
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import pifa_vllm
-from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
+from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, check_finite
+from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compress.allocation import allocate, kept_parameters
 from pifa_vllm.compress.calibration import CalibrationSet, load_samples, load_tokenizer
 from pifa_vllm.compress.decoder import DenseModel
@@ -52,11 +54,8 @@ class Compression:
         self.options = options
         self.progress = progress
         self.staging = options.output.parent / (options.output.name + ".partial")
-        if options.output.exists():
-            raise PifaError(
-                f"{options.output}: the output directory exists, expected a new one. Choose another --output or "
-                "remove it first."
-            )
+        self._check_output()
+        _check_device(options.device)
         self.model = DenseModel(options.model)
         if options.length > self.model.max_length:
             raise PifaError(
@@ -86,19 +85,32 @@ class Compression:
         Raises:
             PifaError: with what was expected and found; finished layers are kept.
         """
-        self._check_disk()
-        self.staging.mkdir(parents=True, exist_ok=True)
+        clock = _Clock()
+        try:
+            self.staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.staging, error) from error
         with lock(self.staging):
+            self._check_output()
+            self._check_disk()
             self.model.check_finite()
             calibration = self._calibration()
-            report = self._finish(self._compress_layers(calibration), calibration, command)
+            journal = self._compress_layers(calibration, clock)
+            clock.record(journal)
+            report = self._finish(journal, calibration, command)
             shutil.rmtree(self.staging, ignore_errors=True)
         self.progress.summary(report)
         return report
 
+    def _check_output(self) -> None:
+        if self.options.output.exists():
+            raise PifaError(
+                f"{self.options.output}: the output directory exists, expected a new one. Choose another one or "
+                "remove it first."
+            )
+
     def _check_disk(self) -> None:
         parent = self.options.output.parent
-        parent.mkdir(parents=True, exist_ok=True)
         taken = sum(p.stat().st_size for p in self.staging.rglob("*") if p.is_file())
         free = shutil.disk_usage(parent).free + taken
         needed = self.estimate().disk_bytes
@@ -111,7 +123,10 @@ class Compression:
     def _calibration(self) -> CalibrationSet:
         """Draw the calibration tokens; the model's own samples are kept, since drawing them again is slow."""
         options = self.options
-        kept = self.staging / "self-samples.safetensors"
+        # Everything that the samples depend on is in the name: another model's, left by a run that was killed
+        # before its first layer, are not taken for this one's.
+        key = f"{options.seed}-{options.samples}x{options.length}-{model_fingerprint(self.model)[:16]}"
+        kept = self.staging / f"self-samples-{key}.safetensors"
         drawn = options.calibration == "self" and kept.is_file()
         calibration = load_samples(
             str(kept) if drawn else options.calibration,
@@ -137,11 +152,29 @@ class Compression:
             **self.options.record(),
         }
 
-    def _compress_layers(self, calibration: CalibrationSet) -> Journal:
+    def _journal(self, path: Path, inputs: dict[str, Any]) -> Journal:
+        """Take up the journal of an earlier attempt if everything that it speaks of is there."""
+        journal = Journal.load(path, inputs)
+        if journal is None:
+            return Journal(inputs=inputs)
+        checkpoint = self.staging / "checkpoint"
+        if journal.layers and not checkpoint.exists():
+            # Left by a run that published its output and was killed while it tidied up.
+            path.unlink()
+            return Journal(inputs=inputs)
+        for layer in journal.layers:
+            shard = checkpoint / shard_name(layer.layer)
+            if not shard.is_file():
+                raise PifaError(
+                    f"{shard}: the shard of a finished layer is missing. Remove {self.staging} to start over."
+                )
+        return journal
+
+    def _compress_layers(self, calibration: CalibrationSet, clock: _Clock) -> Journal:
         options, model = self.options, self.model
         path = self.staging / "journal.json"
         inputs = self._inputs(calibration.tokens)
-        journal = Journal.load(path, inputs) or Journal(inputs=inputs)
+        journal = self._journal(path, inputs)
         samples, length = calibration.tokens.shape
         shape = FlowShape(samples, length, model.hidden_size, getattr(torch, options.activation_dtype))
         flows = Flows(self.staging / "flows", shape)
@@ -157,23 +190,21 @@ class Compression:
             self.progress.message(f"resuming in {self.staging} at layer {first} of {model.layers}")
         else:
             dense, compressed = flows.entering(0)
-            embedded = model.embed(calibration.tokens)
-            dense.copy_(embedded)
-            compressed.copy_(embedded)
+            for sample, tokens in enumerate(calibration.tokens):
+                dense[sample] = compressed[sample] = model.embed(tokens)
 
-        clock = _Clock(journal)
         for layer in range(first, model.layers):
             self.progress.layer_started(layer, model.layers)
             started = time.perf_counter()
             solver, flow_error = self._compress_layer(layer, flows)
             # The order is what makes a kill at any line harmless: the shard and the states are on the disk before
             # the journal says that this layer is finished, and nothing it resumes from is deleted before that.
-            writer.write_shard(f"layer-{layer:05d}.safetensors", solver.tensors)
+            writer.write_shard(shard_name(layer), solver.tensors)
             flows.commit(layer + 1)
             done = LayerReport(layer=layer, flow_error=flow_error, seconds=time.perf_counter() - started)
             journal.modules += solver.reports
             journal.layers.append(done)
-            clock.record()
+            clock.record(journal)
             journal.save(path)
             flows.discard(layer)
             self.progress.layer_done(done)
@@ -182,10 +213,10 @@ class Compression:
     def _compress_layer(self, layer: int, flows: Flows) -> tuple[LayerSolver, float]:
         options, model = self.options, self.model
         device = torch.device(options.device)
-        dense, compressed = model.layer(layer, device), model.layer(layer, device)
+        dense, compressed = model.layer_twice(layer, device)
         solver = LayerSolver(options, layer, dense, self.ranks, self.dtype, self.progress.module_done)
         for name in model.norm_tensors(layer):
-            solver.tensors[name] = model.shards.load(name).to(self.dtype)
+            solver.tensors[name] = self._as_stored(name)
         dense_in, compressed_in = flows.entering(layer)
         dense_out, compressed_out = flows.entering(layer + 1)
         states = LayerActivations(
@@ -204,21 +235,25 @@ class Compression:
             chunk=max(1, options.chunk_tokens // options.length),
             device=device,
             dense_gram=not options.uses_compressed_inputs,
+            drift=options.uses_drift,
         )
         return solver, flow_error
 
+    def _as_stored(self, name: str) -> Tensor:
+        """A tensor that is not compressed, in the storage dtype."""
+        stored = self.model.shards.load(name).to(self.dtype)
+        check_finite(stored, f"{self.model.shards.entry(name).file}: tensor {name} in {self.dtype}")
+        return stored
+
     def _finish(self, journal: Journal, calibration: CalibrationSet, command: str) -> CompressionReport:
         options, model = self.options, self.model
-        clock = _Clock(journal)
         writer = CheckpointWriter(options.output, self.staging / "checkpoint")
-        others = {name: model.shards.load(name).to(self.dtype) for name in model.untouched_tensors()}
-        writer.write_shard("model-top.safetensors", others)
-        del others
+        for index, name in enumerate(model.untouched_tensors()):
+            writer.write_shard(f"top-{index:05d}.safetensors", {name: self._as_stored(name)})
         ranks = {x.name: x.rank for x in journal.modules if not x.dense}
         kept = kept_parameters(self.linears, ranks, options.representation)
         dense = sum(x.m * x.n for x in self.linears)
         target = sum(options.density(x) * x.m * x.n for x in self.linears) / dense
-        clock.record()
         versions = {"pifa-vllm": pifa_vllm.__version__, "python": sys.version.split()[0]}
         versions |= {package: importlib.metadata.version(package) for package in _VERSIONED}
         report = CompressionReport(
@@ -232,6 +267,8 @@ class Compression:
             kept_parameters=kept,
             dense_bytes=dense * self.dtype.itemsize,
             kept_bytes=kept * self.dtype.itemsize,
+            model_dense_bytes=sum(entry.nbytes for entry in model.shards.entries.values()),
+            model_kept_bytes=writer.tensor_bytes(),
             dtype=str(self.dtype).removeprefix("torch."),
             calibration=calibration.record,
             options=options.record(),
@@ -269,18 +306,33 @@ class Compression:
 
 
 class _Clock:
-    """Adds this attempt's time and memory to what the journal has of the earlier ones."""
+    """Time and memory of this attempt, added to what the journal has of the earlier ones."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self._seconds = journal.seconds - time.perf_counter()
-        self._cpu_seconds = journal.cpu_seconds - time.process_time()
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def record(self) -> None:
+    def record(self, journal: Journal) -> None:
         """Bring the journal's figures up to now."""
-        journal = self._journal
-        journal.seconds = self._seconds + time.perf_counter()
-        journal.cpu_seconds = self._cpu_seconds + time.process_time()
+        if self._before is None:
+            self._before = journal.seconds, journal.cpu_seconds
+        journal.seconds = self._before[0] + time.perf_counter() - self._wall
+        journal.cpu_seconds = self._before[1] + time.process_time() - self._cpu
         # ru_maxrss is in KiB on Linux.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         journal.peak_rss_bytes = max(journal.peak_rss_bytes, peak)
+
+
+def shard_name(layer: int) -> str:
+    """File that holds a decoder layer's tensors."""
+    return f"layer-{layer:05d}.safetensors"
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise PifaError(
+            f"--device: expected a device that torch can use, found {device!r} ({reason})."
+        ) from error

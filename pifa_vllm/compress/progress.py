@@ -138,6 +138,8 @@ class TerminalProgress:
         self._move("calibration tokens", done, total)
         if done >= total:
             self._bars.remove_task(self._tasks.pop("calibration tokens"))
+            # The layers start the display again; whoever only samples is left with a quiet terminal.
+            self._bars.stop()
 
     def layer_started(self, layer: int, total: int) -> None:
         """Move the layer bar to here and empty the module bar."""

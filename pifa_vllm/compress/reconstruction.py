@@ -45,6 +45,7 @@ def reconstruct_layer(
     chunk: int,
     device: torch.device,
     dense_gram: bool = False,
+    drift: bool = False,
 ) -> float:
     """Compress one layer and move both flows past it.
 
@@ -56,6 +57,7 @@ def reconstruct_layer(
         chunk: samples per forward pass.
         device: where the layers lie.
         dense_gram: see `Moments`.
+        drift: accumulate the residual stream's error for o and down, see `Moments`.
 
     Returns:
         ‖h - h_o‖ / ‖h_o‖ over the hidden states that leave the layer, h compressed and h_o dense.
@@ -74,13 +76,14 @@ def reconstruct_layer(
             compressed.replace_weight(name, solve(name, dense.linears[name].weight, collected))
 
     hidden_size = states.dense_in.shape[-1]
+    stream = hidden_size if drift else None
 
     inputs = moments(hidden_size)
     for _, (h_o, h) in chunks(states.dense_in, states.compressed_in):
         inputs.add(dense.attention_input(h_o), compressed.attention_input(h))
     settle("qkv", inputs)
 
-    inputs = moments(states.context.shape[-1], hidden_size)
+    inputs = moments(states.context.shape[-1], stream)
     for part, (h_o, h) in chunks(states.dense_in, states.compressed_in):
         c_o, c = dense.attention(h_o), compressed.attention(h)
         inputs.add(c_o, c, h_o - h)
@@ -95,7 +98,7 @@ def reconstruct_layer(
         states.compressed_out[part] = h
     settle("gate_up", inputs)
 
-    inputs = moments(states.intermediate.shape[-1], hidden_size)
+    inputs = moments(states.intermediate.shape[-1], stream)
     for part, (h_o, h) in chunks(states.dense_out, states.compressed_out):
         d_o, d = dense.mlp(h_o), compressed.mlp(h)
         inputs.add(d_o, d, h_o - h)

@@ -26,8 +26,8 @@ class ModuleReport(_Entry):
         kind: last part of the name, "q_proj".
         rank: kept rank; min(m, n) for a module that stays dense.
         density: kept / dense parameters.
-        output_error: relative Frobenius error of its output against its target on the calibration inputs,
-            ‖Y - W'X‖ / ‖Y‖, in [0, 1] but for rounding.
+        output_error: relative Frobenius error of its output against the dense weights' on the same inputs,
+            ‖(W - W')X‖ / ‖WX‖; with M part of it is meant, since W' also corrects for the drift of X.
         weight_error: relative Frobenius error of the stored form, in its storage dtype, against the low-rank
             product it stands for.
         max_coefficient: max |C| of the pivoting form; 0 for plain low rank and dense modules.

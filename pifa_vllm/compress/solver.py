@@ -77,8 +77,15 @@ class LayerSolver:
         if name not in self._ranks:
             return self._keep_dense(name, weight, bias, started)
 
-        u, v = self._factors(weight, gram, moments, self._ranks[name])
+        try:
+            u, v = self._factors(weight, gram, moments, self._ranks[name])
+        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+            raise PifaError(
+                f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
+            ) from error
         product = u @ v
+        if not bool(torch.isfinite(product).all()):
+            raise PifaError(f"{name}: its solution is not finite. A larger --ridge helps.")
         if self._options.representation == "pifa":
             factors = factorize(
                 u, v, pivoting=self._options.pivoting, max_coefficient=self._options.max_coefficient

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pifa_vllm.checkpoint.writer import sync, write_error
+from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.errors import CalibrationError
 
 
@@ -23,14 +22,9 @@ def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
     Raises:
         CheckpointError: if the file cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({"tokens": tokens.contiguous()}, scratch, metadata={"record": json.dumps(record)})
-        sync(scratch)
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
-        raise write_error(path, error) from error
+    metadata = {"record": json.dumps(record)}
+    whole = tokens.contiguous()
+    replace_file(path, lambda scratch: save_file({"tokens": whole}, scratch, metadata=metadata))
 
 
 def read_tokens(path: Path, samples: int, length: int) -> tuple[Tensor, dict[str, Any]]:

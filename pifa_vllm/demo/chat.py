@@ -155,7 +155,7 @@ def ask(url: str, model: str, prompt: str, max_tokens: int = 128) -> Answer:
 
 
 def _free_port(port: int) -> int:
-    for candidate in range(port, port + 100):
+    for candidate in range(port, min(port + 100, 65536)):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", candidate))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from pifa_vllm.checkpoint import CheckpointWriter
+from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.compress.allocation import Recipe, uniform
 from pifa_vllm.compress.calibration import load_samples, load_tokenizer
 from pifa_vllm.compress.options import CompressOptions
@@ -82,6 +84,8 @@ class Demo:
             0 when the chat was answered and the server stopped as asked.
         """
         self.console.print(f"\n[b]== a vLLM server[/b] on {directory}, log in {self.log}", soft_wrap=True)
+        # SIGTERM ends the process without a word to the server, unless it is made an exception.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         with Server(directory, port, log=self.log) as server:
             self.console.print(
                 f"ready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
@@ -142,7 +146,8 @@ class Demo:
             result = perplexity(directory, self._text(), seqlen=_SEQLEN, max_windows=_WINDOWS)
             gc.collect()
             figures[key] = result.to_dict()
-            CheckpointWriter(cache, self.work_dir).write_json(cache.name, figures)
+            kept = json.dumps(figures, indent=1)
+            replace_file(cache, lambda path: path.write_text(kept, encoding="utf-8"))
         return float(figures[key]["perplexity"])
 
     def _text_name(self) -> str:

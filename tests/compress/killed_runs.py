@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ PLACES = [
     (CheckpointWriter, "write_json", 1, "after"),
     (CheckpointWriter, "publish", 1, "before"),
     (CheckpointWriter, "publish", 1, "after"),
+    (shutil, "rmtree", 1, "before"),
 ]
 
 
@@ -52,7 +54,9 @@ def main() -> None:
         status = in_child(killed)
         half = output.exists()
         loads = half and loads_somewhere(output)
-        resumed = 0 if half else in_child(lambda output=output: run(model, text, output))
+        # What a run that published leaves behind must not mislead the next one into the same directory.
+        shutil.rmtree(output, ignore_errors=True)
+        resumed = in_child(lambda output=output: run(model, text, output))
         print(
             json.dumps(
                 {
@@ -74,7 +78,7 @@ def run(model: Path, text: Path, output: Path) -> None:
     pipeline.Compression(tiny_options(model, output, text), recorder).run("test")
 
 
-def arm(owner: type, method: str, call: int, when: str) -> None:
+def arm(owner: object, method: str, call: int, when: str) -> None:
     """Make this process kill itself at the given call."""
     original = getattr(owner, method)
     calls = 0

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from pifa_vllm.compress.allocation import allocate, kept_parameters, load_recipe, uniform
 from pifa_vllm.compress.decoder import LinearShape
 from pifa_vllm.errors import PifaError
+from pifa_vllm.factorization import pifa_rank
 
 
 def layer_shapes(layers, hidden, kv, intermediate):
@@ -49,10 +50,14 @@ def test_kept_parameters_meet_the_budget(linears, density, representation):
 )
 def test_the_budget_is_never_exceeded(density, tile, hidden, kv, intermediate):
     linears = layer_shapes(2, hidden, kv, intermediate)
+    if any(pifa_rank(x.m, x.n, density) == 0 for x in linears):
+        with pytest.raises(PifaError, match="keeps nothing"):
+            allocate(linears, uniform(density), "pifa", tile)
+        return
     ranks = allocate(linears, uniform(density), "pifa", tile)
     for linear in linears:
         if linear.name in ranks:
-            assert 0 <= ranks[linear.name] < min(linear.m, linear.n)
+            assert 0 < ranks[linear.name] < min(linear.m, linear.n)
     dense = sum(x.m * x.n for x in linears)
     # Modules that no rank below full saves anything on stay dense, whatever the budget.
     assert kept_parameters(linears, ranks, "pifa") <= density * dense * (1 + 1e-12) or len(ranks) < len(

@@ -44,7 +44,7 @@ def test_stages_equal_the_models_forward(case, tmp_path):
         hidden = staged.embed(tokens)
         for index in range(staged.layers):
             torch.testing.assert_close(hidden, expected[index], rtol=1e-5, atol=1e-5)
-            layer = staged.layer(index, torch.device("cpu"))
+            layer, _ = staged.layer_twice(index, torch.device("cpu"))
             hidden = layer.attention_output(hidden, layer.attention(hidden))
             hidden = layer.mlp_output(hidden, layer.mlp(hidden))
         torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-5, atol=1e-5)
@@ -75,6 +75,17 @@ def test_unknown_architecture_is_refused_by_name(tmp_path):
     config["architectures"] = ["GPT2LMHeadModel"]
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=r"config\.json.*LlamaForCausalLM.*found GPT2LMHeadModel"):
+        DenseModel(directory)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 0}, {"hidden_size": "wide"}, {"model_type": "unheard-of"}]
+)
+def test_nonsense_in_the_config_is_one_paragraph(tmp_path, change):
+    directory = save_tiny_model(tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: transformers cannot make a model of it"):
         DenseModel(directory)
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, is_pifa
+from pifa_vllm.compress import pipeline
 from pifa_vllm.compress.allocation import Recipe, uniform
+from pifa_vllm.compress.calibration import CalibrationSet
 from pifa_vllm.compress.journal import lock
 from pifa_vllm.compress.pipeline import Compression
 from pifa_vllm.errors import CheckpointError, PifaError
@@ -180,7 +182,7 @@ def test_killed_anywhere_it_resumes_to_the_same_result(llama, text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 13
     expected = tensors_of(tmp_path / "reference")
     for index, line in enumerate(lines):
         assert line["killed"], line
@@ -248,6 +250,37 @@ def test_lost_activations_are_an_error_not_a_wrong_result(llama, text, tmp_path,
         compress(options)
 
 
+def test_a_lost_shard_is_an_error_not_a_checkpoint_without_it(llama, text, tmp_path, monkeypatch):
+    options = tiny_options(llama, tmp_path / "out", text)
+    interrupted(options, monkeypatch, CheckpointError("the disk is full"))
+    (tmp_path / "out.partial" / "checkpoint" / "layer-00000.safetensors").unlink()
+    with pytest.raises(
+        PifaError, match=r"layer-00000\.safetensors: the shard of a finished layer is missing"
+    ):
+        compress(options)
+
+
+def test_own_samples_of_another_seed_or_model_are_not_reused(llama, text, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(spec, tokenizer, *, samples, length, seed, model_dir, **_):
+        if spec == "self":
+            drawn.append((model_dir.name, seed))
+        tokens = torch.full((samples, length), len(drawn))
+        return CalibrationSet(tokens, {"source": "self", "seed": seed})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "load_samples", draw)
+    monkeypatch.setattr(Compression, "_compress_layers", killed)
+    other = save_tiny_model(tmp_path / "other", layers=3, seed=1)
+    for model, seed in ((llama, 0), (llama, 0), (llama, 1), (other, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny_options(model, tmp_path / "out", "self", seed=seed))
+    assert drawn == [("llama", 0), ("llama", 1), ("other", 1)]
+
+
 def test_a_second_process_is_kept_out(llama, text, tmp_path):
     options = tiny_options(llama, tmp_path / "out", text)
     (tmp_path / "out.partial").mkdir()
@@ -261,6 +294,13 @@ def test_bad_input_is_refused_before_work_starts(llama, text, tmp_path, monkeypa
         compress(tiny_options(llama, tmp_path / "there", text))
     with pytest.raises(PifaError, match="--length: expected at most the model's 512 positions, found 1024"):
         compress(tiny_options(llama, tmp_path / "out", text, length=1024))
+    with pytest.raises(PifaError, match="--device: expected a device that torch can use, found 'abacus'"):
+        compress(tiny_options(llama, tmp_path / "out", text, device="abacus"))
+    with pytest.raises(PifaError, match="keeps nothing at density 1e-06"):
+        compress(tiny_options(llama, tmp_path / "out", text, density=uniform(1e-6)))
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/out\.partial: cannot be written"):
+        compress(tiny_options(llama, tmp_path / "file" / "out", text))
     with pytest.raises(PifaError, match="--samples: expected 1 or more, found 0"):
         tiny_options(llama, tmp_path / "out", text, samples=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())

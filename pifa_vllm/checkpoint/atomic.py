@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all, whatever kills the process or fills the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pifa_vllm.errors import CheckpointError
+
+
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a scratch file beside `target`, push it to the disk, and rename it into place.
+
+    Args:
+        target: the file to create or replace.
+        write: called with the scratch file's path.
+
+    Raises:
+        CheckpointError: if it cannot be written; nothing is left behind then.
+    """
+    scratch = target.with_name(f".{target.name}.tmp")
+    try:
+        write(scratch)
+        sync(scratch)
+        os.replace(scratch, target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        scratch.unlink(missing_ok=True)
+        raise write_error(target, error) from error
+
+
+def sync(path: Path) -> None:
+    """Push a file or directory entry to the disk, so that a power cut cannot undo a later rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(target: Path, error: Exception) -> CheckpointError:
+    """Describe a failed write; a full disk says how to go on."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return CheckpointError(f"{target}: the disk is full. Free some space and run the same command again.")
+    return CheckpointError(f"{target}: cannot be written ({error}).")
