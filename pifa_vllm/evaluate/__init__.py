@@ -1,1 +1,1 @@
-"""TODO."""
+"""Perplexity of a checkpoint, by transformers and by vLLM."""
