@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pifa_vllm.checkpoint import read_json
 from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport
 from pifa_vllm.errors import PifaError
@@ -48,12 +49,12 @@ def quality(
 ) -> dict[str, Any]:
     """Compress by every variant at every density and measure each result.
 
-    Each compression is a process of its own, so that its CPU time and peak memory are its own.
+    Rows that are in `output` already are kept. Each compression is a process of its own, so that its CPU time and peak memory are its own.
 
     Args:
         model: dense model directory.
         text: evaluation text, kept apart from the calibration text.
-        output: JSON file of results, written after every row.
+        output: JSON file of results, written after every row; another measurement's file is replaced.
         work_dir: for the checkpoints, which are kept.
         variants: keys of `VARIANTS`.
         densities: kept / dense parameters.
@@ -71,9 +72,19 @@ def quality(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PifaError(f"{text}: cannot be read as UTF-8 text ({error}).") from error
-    rows: list[dict[str, Any]] = []
+    subject = {
+        "model": model.name,
+        "text": text.name,
+        "seqlen": seqlen,
+        "max_windows": max_windows,
+        "compress_options": compress_options,
+    }
+    rows = _finished_rows(output, subject)
     # Checkpoints of another model or of other options are not to be taken for these.
     key = hashlib.sha256(json.dumps([str(model.resolve()), compress_options]).encode()).hexdigest()[:8]
+
+    def finished(variant: str, density: float) -> bool:
+        return any((row["variant"], row["density"]) == (variant, density) for row in rows)
 
     def measure(directory: Path) -> dict[str, Any]:
         result = perplexity(directory, content, seqlen=seqlen, max_windows=max_windows)
@@ -84,23 +95,19 @@ def quality(
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         results = json.dumps(
-            {
-                "command": command,
-                "model": model.name,
-                "text": text.name,
-                "seqlen": seqlen,
-                "machine": describe_machine(),
-                "rows": rows,
-            },
+            {"command": command, **subject, "machine": describe_machine(), "rows": rows},
             indent=1,
             allow_nan=False,
         )
         replace_file(output, lambda path: path.write_text(results + "\n", encoding="utf-8"))
         say(json.dumps(row))
 
-    keep({"variant": "dense", "density": 1.0, **measure(model)})
+    if not finished("dense", 1.0):
+        keep({"variant": "dense", "density": 1.0, **measure(model)})
     for density in densities:
         for variant in variants:
+            if finished(variant, density):
+                continue
             directory = work_dir / f"{variant}-{density:g}-{key}"
             if not directory.exists():
                 _compress(model, directory, variant, density, compress_options)
@@ -123,6 +130,15 @@ def quality(
                 }
             )
     return {"rows": rows}
+
+
+def _finished_rows(output: Path, subject: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier attempt at the same measurement; none of any other."""
+    if not output.is_file():
+        return []
+    earlier = read_json(output)
+    rows: list[dict[str, Any]] = earlier.get("rows", [])
+    return rows if all(earlier.get(name) == value for name, value in subject.items()) else []
 
 
 def describe_machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _EPILOG = """\
 Options that `bench quality` does not know go to `pifa-vllm compress`, such as --calibration, --samples, --length
-and --seed. Checkpoints are kept in the work directory and are not computed again.
+and --seed. Checkpoints are kept in the work directory, rows in the results; neither is computed again.
 """
 
 

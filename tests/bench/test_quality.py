@@ -26,6 +26,9 @@ def test_rows_are_measured_and_kept(tmp_path, capsys):
     assert ours["kept_density"] <= 0.7
     assert ours["cpu_seconds"] > 0
     assert ours["peak_rss_bytes"] > 1e8
+    capsys.readouterr()
+    assert main(command) == 0  # everything is there: nothing is measured, and nothing said
+    assert capsys.readouterr().out == ""
     assert main(["bench", "table", str(output)]) == 0
     assert "| 0.7 |" in capsys.readouterr().out
     assert main([*command[:-2], "--variants", "magic"]) == 1
