@@ -49,7 +49,8 @@ def quality(
 ) -> dict[str, Any]:
     """Compress by every variant at every density and measure each result.
 
-    Rows that are in `output` already are kept. Each compression is a process of its own, so that its CPU time and peak memory are its own.
+    Rows that are in `output` already are kept. Each compression is a process of its own, so that its CPU time and
+    peak memory are its own.
 
     Args:
         model: dense model directory.
