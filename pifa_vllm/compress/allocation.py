@@ -6,19 +6,20 @@ import fnmatch
 import heapq
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pifa_vllm.compress.decoder import LinearShape
+from pifa_vllm.compress.report_schema import Representation
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
 
-Representation = Literal["pifa", "lowrank"]
 Density = Callable[[LinearShape], float]
 
-_COUNT = {"pifa": pifa_parameters, "lowrank": lowrank_parameters}
+# Kept numbers of an [m, n] module of rank r.
+PARAMETERS = {"pifa": pifa_parameters, "lowrank": lowrank_parameters}
 _RANK = {"pifa": pifa_rank, "lowrank": lowrank_rank}
 
 
@@ -124,7 +125,7 @@ def allocate(
         Rank by module name; modules that stay dense (density 1, or no rank below min(m, n) saves anything) are
         left out.
     """
-    count, exact_rank = _COUNT[representation], _RANK[representation]
+    count, exact_rank = PARAMETERS[representation], _RANK[representation]
     ranks: dict[str, int] = {}
     spare = 0.0
     shapes: dict[str, LinearShape] = {}
@@ -174,7 +175,7 @@ def kept_parameters(
     linears: Sequence[LinearShape], ranks: dict[str, int], representation: Representation
 ) -> int:
     """Count what the compressible modules keep, dense ones included."""
-    count = _COUNT[representation]
+    count = PARAMETERS[representation]
     return sum(count(x.m, x.n, ranks[x.name]) if x.name in ranks else x.m * x.n for x in linears)
 
 

@@ -84,6 +84,9 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
         + 10 * chunk * widest * 4
         + max((model.shards.entry(name).nbytes for name in model.untouched_tensors()), default=0)
     )
+    if options.calibration == "self":
+        # The whole model samples before the first layer is read.
+        memory = max(memory, _BASE_BYTES + sum(entry.nbytes for entry in model.shards.entries.values()))
     seconds = model.layers * _layer_flops(first, options, tokens) / _float32_speed(options.device)
     return Estimate(memory, mapped, mapped + output, seconds, tokens)
 
@@ -101,7 +104,7 @@ def _layer_flops(linears: list[LinearShape], options: CompressOptions, tokens: i
 
 
 def _float32_speed(device: str) -> float:
-    """FLOP/s of a 1536-wide float32 product, the best of three."""
+    """FLOP/s of a 1536-wide float32 product, the best of four."""
     a = torch.randn(1536, 1536, device=device)
     best = float("inf")
     for _ in range(4):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pifa_vllm.compress.allocation import Recipe, Representation
-from pifa_vllm.compress.report_schema import Method
+from pifa_vllm.compress.allocation import Recipe
+from pifa_vllm.compress.report_schema import Method, Representation
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import Pivoting
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint.writer import module_tensors
+from pifa_vllm.compress.allocation import PARAMETERS
 from pifa_vllm.compress.decoder import StagedLayer, layer_name
 from pifa_vllm.compress.lowrank import (
     Factors,
@@ -23,9 +24,7 @@ from pifa_vllm.compress.moments import Moments
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.report_schema import ModuleReport
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import factorize, lowrank_parameters, pifa_parameters
-
-_COUNT = {"pifa": pifa_parameters, "lowrank": lowrank_parameters}
+from pifa_vllm.factorization import factorize
 
 
 class LayerSolver:
@@ -109,7 +108,7 @@ class LayerSolver:
             m,
             n,
             rank=rank,
-            density=_COUNT[self._options.representation](m, n, rank) / (m * n),
+            density=PARAMETERS[self._options.representation](m, n, rank) / (m * n),
             output_error=output_error(weight, used, gram),
             weight_error=float((used - product).norm()) / scale if scale > 0.0 else 0.0,
             max_coefficient=largest,
