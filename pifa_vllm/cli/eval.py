@@ -48,6 +48,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="let the tokenizer add its own, such as a BOS at the start of the text",
     )
+    add(
+        "--device",
+        default="cpu",
+        help="where transformers runs the model: cpu, cuda, ... (default: %(default)s)",
+    )
     add("--eager", action="store_true", help="vLLM without torch.compile, which starts sooner")
     add("--threads", type=int, metavar="N", help="torch threads (vLLM binds its own)")
     add("--json", action="store_true", help="print JSON, with the figure of every window")
@@ -113,6 +118,7 @@ def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
             max_windows=args.max_windows,
             special_tokens=args.special_tokens,
             dtype=args.dtype,
+            device=args.device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 

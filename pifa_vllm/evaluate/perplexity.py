@@ -26,6 +26,7 @@ def perplexity(
     max_windows: int | None = None,
     special_tokens: bool = False,
     dtype: str = "auto",
+    device: str = "cpu",
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -41,6 +42,7 @@ def perplexity(
         max_windows: score only the first ones.
         special_tokens: let the tokenizer add its own to the stream.
         dtype: of a model that is loaded here: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        device: of a model that is loaded here.
         tokenizer: None takes the one in the model's directory.
         progress: called with (windows done, windows) after each window.
 
@@ -57,7 +59,7 @@ def perplexity(
         max_windows=max_windows,
         special_tokens=special_tokens,
     )
-    loaded = model if isinstance(model, PreTrainedModel) else load_model(Path(source), dtype)
+    loaded = model if isinstance(model, PreTrainedModel) else load_model(Path(source), dtype, device)
     check_fit(windows, loaded.config, source)
     loaded.eval()
     nlls = []
@@ -76,7 +78,7 @@ def perplexity(
     )
 
 
-def load_model(directory: Path, dtype: str = "auto") -> PreTrainedModel:
+def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a PIFA or dense model, checking first that its shards are there and whole.
 
     Raises:
@@ -97,7 +99,13 @@ def load_model(directory: Path, dtype: str = "auto") -> PreTrainedModel:
         raise EvaluationError(
             f"{directory}: tensor {min(found['missing_keys'])} is missing; {type(model).__name__} expects it."
         )
-    return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        # AssertionError: what torch raises where it was built without the device.
+        raise EvaluationError(
+            f"--device: expected a device that torch can use, found {device!r} ({first_line(error)})."
+        ) from error
 
 
 @torch.inference_mode()

@@ -62,6 +62,10 @@ def test_options(twins: Twins, text: Path, capsys: pytest.CaptureFixture[str]) -
         (["--seqlen", "600"], "max_position_embeddings is 512"),
         (["--seqlen", "64", "--max-windows", "0"], "at least 1 of them"),
         (["--seqlen", "64", "--threads", "0"], "--threads: expected 1 or more, found 0"),
+        (
+            ["--seqlen", "64", "--device", "abacus"],
+            "--device: expected a device that torch can use, found 'abacus'",
+        ),
     ],
 )
 def test_refusals(
