@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--method",
         choices=("mpifa", "mpifa-exact", "svd-llm", "svd"),
-        default="mpifa-exact",
+        default="mpifa",
         help="mpifa: the paper's M (U, then V); mpifa-exact: M as reduced-rank regression; svd-llm and svd: "
         "baselines (default: %(default)s)",
     )

@@ -46,7 +46,7 @@ class CompressOptions:
     model: Path
     output: Path
     density: Recipe
-    method: Method = "mpifa-exact"
+    method: Method = "mpifa"
     representation: Representation = "pifa"
     calibration: str = "self"
     text_field: str = "text"
