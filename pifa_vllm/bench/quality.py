@@ -17,7 +17,7 @@ import torch
 
 from pifa_vllm.checkpoint import read_json
 from pifa_vllm.checkpoint.atomic import replace_file
-from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport
+from pifa_vllm.compress.report.schema import REPORT_NAME, CompressionReport
 from pifa_vllm.errors import PifaError
 from pifa_vllm.evaluate.perplexity import perplexity
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pifa_vllm.compress.decoder import LinearShape
-from pifa_vllm.compress.report_schema import Representation
+from pifa_vllm.compress.report.schema import Representation
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pifa_vllm.checkpoint.atomic import replace_file, write_error
 from pifa_vllm.compress.decoder import DenseModel
-from pifa_vllm.compress.report_schema import LayerReport, ModuleReport
+from pifa_vllm.compress.report.schema import LayerReport, ModuleReport
 from pifa_vllm.errors import PifaError
 
 _SAMPLED_BLOCKS = 256

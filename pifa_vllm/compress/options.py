@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.compress.allocation import Recipe
-from pifa_vllm.compress.report_schema import Method, Representation
+from pifa_vllm.compress.report.schema import Method, Representation
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import Pivoting
 

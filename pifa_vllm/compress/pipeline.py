@@ -19,7 +19,8 @@ import pifa_vllm
 from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, check_finite
 from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compress.allocation import allocate, kept_parameters
-from pifa_vllm.compress.calibration import CalibrationSet, load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.token_file import write_tokens
 from pifa_vllm.compress.decoder import DenseModel
 from pifa_vllm.compress.estimate import Estimate, estimate
 from pifa_vllm.compress.flows import Flows, FlowShape
@@ -27,10 +28,9 @@ from pifa_vllm.compress.journal import Journal, lock, model_fingerprint
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.progress import Progress
 from pifa_vllm.compress.reconstruction import LayerActivations, reconstruct_layer
-from pifa_vllm.compress.report import render_html, render_model_card
-from pifa_vllm.compress.report_schema import REPORT_NAME, CompressionReport, LayerReport
+from pifa_vllm.compress.report.render import render_html, render_model_card
+from pifa_vllm.compress.report.schema import REPORT_NAME, CompressionReport, LayerReport
 from pifa_vllm.compress.solver import LayerSolver
-from pifa_vllm.compress.token_file import write_tokens
 from pifa_vllm.errors import PifaError
 
 _VERSIONED = ("torch", "transformers", "safetensors", "numpy")

@@ -22,8 +22,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from pifa_vllm.compress.decoder import MODULES
-from pifa_vllm.compress.figures import KindSummary, by_kind, duration, size, summarize
-from pifa_vllm.compress.report_schema import CompressionReport, LayerReport, ModuleReport
+from pifa_vllm.compress.report.figures import KindSummary, by_kind, duration, size, summarize
+from pifa_vllm.compress.report.schema import CompressionReport, LayerReport, ModuleReport
 
 
 class Progress(Protocol):

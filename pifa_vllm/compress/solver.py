@@ -22,7 +22,7 @@ from pifa_vllm.compress.lowrank import (
 )
 from pifa_vllm.compress.moments import Moments
 from pifa_vllm.compress.options import CompressOptions
-from pifa_vllm.compress.report_schema import ModuleReport
+from pifa_vllm.compress.report.schema import ModuleReport
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import factorize
 

@@ -15,12 +15,12 @@ from transformers.utils import logging
 
 from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.compress.allocation import Recipe, uniform
-from pifa_vllm.compress.calibration import load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.token_file import write_tokens
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.pipeline import Compression
 from pifa_vllm.compress.progress import make_progress
-from pifa_vllm.compress.report_schema import Method, Representation
-from pifa_vllm.compress.token_file import write_tokens
+from pifa_vllm.compress.report.schema import Method, Representation
 from pifa_vllm.demo.chat import Server, ask
 from pifa_vllm.demo.smollm2 import save_dense_model
 from pifa_vllm.evaluate.perplexity import perplexity

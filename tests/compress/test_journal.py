@@ -3,7 +3,7 @@ from safetensors.torch import load_file, save_file
 
 from pifa_vllm.compress.decoder import DenseModel
 from pifa_vllm.compress.journal import Journal, lock, model_fingerprint
-from pifa_vllm.compress.report_schema import LayerReport
+from pifa_vllm.compress.report.schema import LayerReport
 from pifa_vllm.errors import PifaError
 from tests.tiny import save_tiny_model
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, is_pifa
 from pifa_vllm.compress import pipeline
 from pifa_vllm.compress.allocation import Recipe, uniform
-from pifa_vllm.compress.calibration import CalibrationSet
+from pifa_vllm.compress.calibration.samples import CalibrationSet
 from pifa_vllm.compress.journal import lock
 from pifa_vllm.compress.pipeline import Compression
 from pifa_vllm.errors import CheckpointError, PifaError
@@ -95,7 +95,7 @@ def test_reports_flow_error_is_the_models_real_error(llama, text, tmp_path):
     options = tiny_options(llama, output, text)
     run = Compression(options, Recorder())
     report = run.run("test")
-    from pifa_vllm.compress.calibration import load_samples, load_tokenizer
+    from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
 
     tokens = load_samples(
         str(text), load_tokenizer(llama), samples=6, length=48, seed=0, model_dir=llama

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from pifa_vllm.compress.progress import LogProgress, Progress, TerminalProgress, make_progress
-from pifa_vllm.compress.report_schema import CompressionReport, LayerReport
-from tests.compress.sample_report import module, sample_report
+from pifa_vllm.compress.report.schema import CompressionReport, LayerReport
+from tests.compress.report.sample_report import module, sample_report
 
 
 def consoles() -> tuple[Console, Console]:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pifa_vllm.compress.report import render_html, render_model_card
-from pifa_vllm.compress.report_schema import CompressionReport, Evaluation
-from tests.compress.sample_report import SHAPES, module, sample_report
+from pifa_vllm.compress.report.render import render_html, render_model_card
+from pifa_vllm.compress.report.schema import CompressionReport, Evaluation
+from tests.compress.report.sample_report import SHAPES, module, sample_report
 
 HOSTILE = "<img src=x onerror=alert(1)>`\"'|${{7*7}}\n# Owned\n---"
 VOID = {"meta", "br", "img"}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from pifa_vllm.compress.figures import by_kind, describe_calibration, duration, size, summarize
-from tests.compress.sample_report import SHAPES, module, sample_report
+from pifa_vllm.compress.report.figures import by_kind, describe_calibration, duration, size, summarize
+from tests.compress.report.sample_report import SHAPES, module, sample_report
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pifa_vllm.compress import calibration
-from pifa_vllm.compress.calibration import CalibrationSet, load_samples, load_tokenizer
-from pifa_vllm.compress.documents import DATASETS, DatasetSource, is_file_spec, parse_dataset
+from pifa_vllm.compress.calibration import samples
+from pifa_vllm.compress.calibration.documents import DATASETS, DatasetSource, is_file_spec, parse_dataset
+from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples, load_tokenizer
 from pifa_vllm.errors import CalibrationError
 from tests.tiny import save_byte_tokenizer
 
@@ -76,23 +76,23 @@ def test_blocks_tokenise_as_the_whole_text_does(
 ) -> None:
     path = text_file(tmp_path / "some.txt")
     whole = draw(path, model)
-    monkeypatch.setattr(calibration, "_BLOCK_CHARACTERS", 100)
-    monkeypatch.setattr(calibration, "_BLOCKS_PER_BATCH", 3)
+    monkeypatch.setattr(samples, "_BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(samples, "_BLOCKS_PER_BATCH", 3)
     assert torch.equal(draw(path, model).tokens, whole.tokens)
 
 
 @pytest.mark.parametrize("text", ["x" * 1000, "word " * 200, "\n" * 1000, TEXT])
 def test_blocks_lose_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_BLOCK_CHARACTERS", 64)
+    monkeypatch.setattr(samples, "_BLOCK_CHARACTERS", 64)
     pieces = (text[i : i + 300] for i in range(0, len(text), 300))
-    blocks = list(calibration._blocks(calibration._Text(pieces, "", 10**6)))
+    blocks = list(samples._blocks(samples._Text(pieces, "", 10**6)))
     assert "".join(blocks) == text
     assert max(map(len, blocks)) <= 64
 
 
 def test_no_more_is_read_than_is_needed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_MAX_CHARACTERS", 500)
-    monkeypatch.setattr(calibration, "_CHARACTERS_PER_TOKEN", 4)
+    monkeypatch.setattr(samples, "_MAX_CHARACTERS", 500)
+    monkeypatch.setattr(samples, "_CHARACTERS_PER_TOKEN", 4)
     drawn = draw(text_file(tmp_path / "some.txt"), model)
     assert drawn.record["characters"] == 4 * 4 * 32
     assert drawn.record["whole_source_read"] is False

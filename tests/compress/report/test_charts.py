@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pifa_vllm.compress.charts import (
+from pifa_vllm.compress.report.charts import (
     BOTTOM,
     HEIGHT,
     LEFT,

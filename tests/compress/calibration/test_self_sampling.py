@@ -11,9 +11,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from pifa_vllm.compress import self_calibration
-from pifa_vllm.compress.calibration import load_samples, load_tokenizer
-from pifa_vllm.compress.self_calibration import _Buffer, _chat_turns, _draw, _Row, _Starts, sample_from_model
+from pifa_vllm.compress.calibration import self_sampling
+from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.self_sampling import (
+    _Buffer,
+    _chat_turns,
+    _draw,
+    _Row,
+    _Starts,
+    sample_from_model,
+)
 from pifa_vllm.errors import CalibrationError
 from tests.tiny import ARCHITECTURES, save_byte_tokenizer, save_tiny_model
 
@@ -25,8 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_calibration, "ROWS", 4)
-    monkeypatch.setattr(self_calibration, "PIECE", 16)
+    monkeypatch.setattr(self_sampling, "ROWS", 4)
+    monkeypatch.setattr(self_sampling, "PIECE", 16)
 
 
 def test_samples_fill_every_sequence(tiny: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from pifa_vllm.compress.report_schema import CompressionReport, ModuleReport
+from pifa_vllm.compress.report.schema import CompressionReport, ModuleReport
 
 # Rounding of the stored form: a few units in the last place of the dtype.
 _WEIGHT_ERROR_LIMIT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pifa_vllm.compress.token_file import read_tokens, write_tokens
+from pifa_vllm.compress.calibration.token_file import read_tokens, write_tokens
 from pifa_vllm.errors import CalibrationError
 
 

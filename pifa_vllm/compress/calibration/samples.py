@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint import read_json
-from pifa_vllm.compress.documents import (
+from pifa_vllm.compress.calibration.documents import (
     is_file_spec,
     is_json_lines,
     parse_dataset,
@@ -25,8 +25,8 @@ from pifa_vllm.compress.documents import (
     read_json_lines,
     read_text,
 )
-from pifa_vllm.compress.self_calibration import sample_from_model
-from pifa_vllm.compress.token_file import read_tokens
+from pifa_vllm.compress.calibration.self_sampling import sample_from_model
+from pifa_vllm.compress.calibration.token_file import read_tokens
 from pifa_vllm.errors import CalibrationError
 
 # Text beyond this many characters is not read, unless more are needed for disjoint windows: WikiText-2's whole

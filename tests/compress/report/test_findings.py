@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from pifa_vllm.compress.findings import findings
-from pifa_vllm.compress.report_schema import LayerReport
-from tests.compress.sample_report import module, sample_report
+from pifa_vllm.compress.report.findings import findings
+from pifa_vllm.compress.report.schema import LayerReport
+from tests.compress.report.sample_report import module, sample_report
 
 
 def test_an_ordinary_run_gives_no_finding() -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pifa_vllm.compress.charts import HEIGHT, LEFT, RIGHT, WIDTH, line_chart, rank_columns
-from pifa_vllm.compress.figures import by_kind, describe_calibration, duration, size, summarize
-from pifa_vllm.compress.findings import findings
-from pifa_vllm.compress.report_schema import CompressionReport
+from pifa_vllm.compress.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, line_chart, rank_columns
+from pifa_vllm.compress.report.figures import by_kind, describe_calibration, duration, size, summarize
+from pifa_vllm.compress.report.findings import findings
+from pifa_vllm.compress.report.schema import CompressionReport
 
 # One line each, so that neither page can tell a different story of what was done.
 METHODS = {
@@ -109,7 +109,7 @@ def render_model_card(report: CompressionReport, source_card: str | None = None)
 
 def _environment(autoescape: bool) -> Environment:
     return Environment(
-        loader=PackageLoader("pifa_vllm.compress"),
+        loader=PackageLoader("pifa_vllm.compress.report"),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

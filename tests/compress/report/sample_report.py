@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pifa_vllm.compress.report_schema import CompressionReport, Evaluation, LayerReport, ModuleReport
+from pifa_vllm.compress.report.schema import CompressionReport, Evaluation, LayerReport, ModuleReport
 from pifa_vllm.factorization import pifa_parameters
 
 SHAPES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pifa_vllm.compress.report_schema import CompressionReport, ModuleReport
+from pifa_vllm.compress.report.schema import CompressionReport, ModuleReport
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Calibration tokens: where they come from and how they are kept."""
