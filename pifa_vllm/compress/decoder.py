@@ -133,6 +133,16 @@ class DenseModel:
             state[name] = tensor.to(device, torch.float32)
         return self._staged(index, state, device), self._staged(index, state, device)
 
+    def load_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Load a tensor that is not compressed, rounded to a storage dtype.
+
+        Raises:
+            CheckpointError: if it cannot be read, or does not fit the dtype.
+        """
+        tensor = self.shards.load(name).to(dtype)
+        check_finite(tensor, f"{self.shards.entry(name).file}: tensor {name} in {dtype}")
+        return tensor
+
     def norm_tensors(self, layer: int) -> list[str]:
         """Names of a decoder layer's tensors that belong to no linear module."""
         prefix = f"model.layers.{layer}."

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import resource
 import shutil
-import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pifa_vllm
-from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, check_finite
+from pifa_vllm.checkpoint import CheckpointWriter
 from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compress.allocation import allocate, kept_parameters
 from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples, load_tokenizer
@@ -27,13 +24,11 @@ from pifa_vllm.compress.flows import Flows, FlowShape
 from pifa_vllm.compress.journal import Journal, lock, model_fingerprint
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.progress import Progress
+from pifa_vllm.compress.publishing import publish
 from pifa_vllm.compress.reconstruction import LayerActivations, reconstruct_layer
-from pifa_vllm.compress.report.render import render_html, render_model_card
-from pifa_vllm.compress.report.schema import REPORT_NAME, CompressionReport, LayerReport
+from pifa_vllm.compress.report.schema import CompressionReport, LayerReport
 from pifa_vllm.compress.solver import LayerSolver
 from pifa_vllm.errors import PifaError
-
-_VERSIONED = ("torch", "transformers", "safetensors", "numpy")
 
 
 class Compression:
@@ -97,7 +92,10 @@ class Compression:
             calibration = self._calibration()
             journal = self._compress_layers(calibration, clock)
             clock.record(journal)
-            report = self._finish(journal, calibration, command)
+            writer = CheckpointWriter(self.options.output, self.staging / "checkpoint")
+            report = publish(
+                writer, self.model, self.options, self.dtype, journal, calibration.record, command
+            )
             shutil.rmtree(self.staging, ignore_errors=True)
         self.progress.summary(report)
         return report
@@ -216,7 +214,7 @@ class Compression:
         dense, compressed = model.layer_twice(layer, device)
         solver = LayerSolver(options, layer, dense, self.ranks, self.dtype, self.progress.module_done)
         for name in model.norm_tensors(layer):
-            solver.tensors[name] = self._as_stored(name)
+            solver.tensors[name] = model.load_as(name, self.dtype)
         dense_in, compressed_in = flows.entering(layer)
         dense_out, compressed_out = flows.entering(layer + 1)
         states = LayerActivations(
@@ -238,71 +236,6 @@ class Compression:
             drift=options.uses_drift,
         )
         return solver, flow_error
-
-    def _as_stored(self, name: str) -> Tensor:
-        """A tensor that is not compressed, in the storage dtype."""
-        stored = self.model.shards.load(name).to(self.dtype)
-        check_finite(stored, f"{self.model.shards.entry(name).file}: tensor {name} in {self.dtype}")
-        return stored
-
-    def _finish(self, journal: Journal, calibration: CalibrationSet, command: str) -> CompressionReport:
-        options, model = self.options, self.model
-        writer = CheckpointWriter(options.output, self.staging / "checkpoint")
-        for index, name in enumerate(model.untouched_tensors()):
-            writer.write_shard(f"top-{index:05d}.safetensors", {name: self._as_stored(name)})
-        ranks = {x.name: x.rank for x in journal.modules if not x.dense}
-        kept = kept_parameters(self.linears, ranks, options.representation)
-        dense = sum(x.m * x.n for x in self.linears)
-        target = sum(options.density(x) * x.m * x.n for x in self.linears) / dense
-        versions = {"pifa-vllm": pifa_vllm.__version__, "python": sys.version.split()[0]}
-        versions |= {package: importlib.metadata.version(package) for package in _VERSIONED}
-        report = CompressionReport(
-            model=str(options.model),
-            architecture=model.raw_config["architectures"][0],
-            method=options.method,
-            representation=options.representation,
-            density_target=target,
-            density=kept / dense,
-            dense_parameters=dense,
-            kept_parameters=kept,
-            dense_bytes=dense * self.dtype.itemsize,
-            kept_bytes=kept * self.dtype.itemsize,
-            model_dense_bytes=sum(entry.nbytes for entry in model.shards.entries.values()),
-            model_kept_bytes=writer.tensor_bytes(),
-            dtype=str(self.dtype).removeprefix("torch."),
-            calibration=calibration.record,
-            options=options.record(),
-            fingerprint=journal.fingerprint,
-            seconds=journal.seconds,
-            cpu_seconds=journal.cpu_seconds,
-            peak_rss_bytes=journal.peak_rss_bytes,
-            versions=versions,
-            command=command,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            modules=journal.modules,
-            layers=journal.layers,
-        )
-        writer.copy_companions(options.model)
-        writer.write_text(REPORT_NAME, report.model_dump_json(indent=1) + "\n")
-        writer.write_text("compression_report.html", render_html(report))
-        card = options.model / "README.md"
-        source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-        writer.write_text("README.md", render_model_card(report, source_card))
-        config = {**model.raw_config, "dtype": report.dtype}
-        config.pop("torch_dtype", None)
-        section = None
-        if options.representation == "pifa":
-            provenance = {
-                "method": options.method,
-                "model": options.model.name,
-                "calibration": calibration.record,
-                "options": options.record(),
-                "fingerprint": journal.fingerprint,
-                "pifa_vllm": pifa_vllm.__version__,
-            }
-            section = PIFAConfig(density=kept / dense, ranks=ranks, provenance=provenance)
-        writer.publish(config, section)
-        return report
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pifa_vllm.compress.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, line_chart, rank_columns
 from pifa_vllm.compress.report.figures import by_kind, describe_calibration, duration, size, summarize
 from pifa_vllm.compress.report.findings import findings
-from pifa_vllm.compress.report.schema import CompressionReport
+from pifa_vllm.compress.report.schema import CARD_NAME, HTML_NAME, REPORT_NAME, CompressionReport
 
 # One line each, so that neither page can tell a different story of what was done.
 METHODS = {
@@ -35,6 +35,22 @@ METHODS = {
 # What a derived model's card takes over from its source's.
 _KEPT_FRONT_MATTER = ("license", "license_name", "license_link", "language")
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+
+
+def render_files(report: CompressionReport, source_card: str | None = None) -> dict[str, str]:
+    """Render everything that a checkpoint directory tells of its making: text by file name.
+
+    The JSON, which the others are made from, comes last: while it is old, none of the others is relied on.
+
+    Args:
+        report: the run.
+        source_card: see `render_model_card`.
+    """
+    return {
+        CARD_NAME: render_model_card(report, source_card),
+        HTML_NAME: render_html(report),
+        REPORT_NAME: report.model_dump_json(indent=1) + "\n",
+    }
 
 
 def render_html(report: CompressionReport) -> str:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_NAME = "compression_report.json"
+HTML_NAME = "compression_report.html"
+CARD_NAME = "README.md"
 
 Method = Literal["svd", "svd-llm", "mpifa", "mpifa-exact"]
 Representation = Literal["pifa", "lowrank"]
