@@ -13,6 +13,7 @@ and `quantization_config` in config.json (`PIFAConfig`). Everything else is as i
 from pifa_vllm.checkpoint.densify import densify
 from pifa_vllm.checkpoint.schema import PIFAConfig, is_pifa, read_config, read_json
 from pifa_vllm.checkpoint.shards import Shards, TensorEntry
+from pifa_vllm.checkpoint.tokenizer import load_tokenizer
 from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite, check_pivot_rows
 from pifa_vllm.checkpoint.writer import CheckpointWriter
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_pivot_rows",
     "densify",
     "is_pifa",
+    "load_tokenizer",
     "read_config",
     "read_json",
 ]

@@ -19,8 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check, printing a line per step that passed."""
-    from pifa_vllm.checkpoint import Checkpoint
-    from pifa_vllm.evaluate.protocol import load_tokenizer
+    from pifa_vllm.checkpoint import Checkpoint, load_tokenizer
     from pifa_vllm.hf import check_architecture
 
     checkpoint = Checkpoint.open(args.model)

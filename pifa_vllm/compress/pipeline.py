@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import pifa_vllm
-from pifa_vllm.checkpoint import CheckpointWriter
+from pifa_vllm.checkpoint import CheckpointWriter, load_tokenizer
 from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compress.allocation import allocate, kept_parameters
-from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples
 from pifa_vllm.compress.calibration.token_file import write_tokens
 from pifa_vllm.compress.decoder import DenseModel
 from pifa_vllm.compress.estimate import Estimate, estimate

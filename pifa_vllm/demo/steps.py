@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.compress.allocation import Recipe, uniform
-from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import load_samples
 from pifa_vllm.compress.calibration.token_file import write_tokens
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.pipeline import Compression

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pifa_vllm.checkpoint import Shards
+from pifa_vllm.checkpoint import Shards, load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, first_line, load_tokenizer
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, first_line
 
 # Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
 _LOGITS = 2**24

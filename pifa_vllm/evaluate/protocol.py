@@ -144,22 +144,6 @@ def check_fit(windows: Windows, config: Any, source: str) -> None:
         )
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a local model directory.
-
-    Raises:
-        EvaluationError: if there is none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for damaged files
-        raise EvaluationError(
-            f"{directory}: the tokenizer cannot be loaded ({first_line(error)})."
-        ) from error
-
-
 def load_config(directory: Path) -> Any:
     """Load the transformers config of a local model directory.
 

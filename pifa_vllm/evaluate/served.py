@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pifa_vllm.checkpoint import Checkpoint, Shards, is_pifa
+from pifa_vllm.checkpoint import Checkpoint, Shards, is_pifa, load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_config, load_tokenizer
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_config
 
 # vLLM holds the logits of a whole step when prompt log-probabilities are asked for.
 _STEP_TOKENS = 512

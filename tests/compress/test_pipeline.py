@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, is_pifa
+from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, is_pifa, load_tokenizer
 from pifa_vllm.compress import pipeline
 from pifa_vllm.compress.allocation import Recipe, uniform
 from pifa_vllm.compress.calibration.samples import CalibrationSet
@@ -95,7 +95,7 @@ def test_reports_flow_error_is_the_models_real_error(llama, text, tmp_path):
     options = tiny_options(llama, output, text)
     run = Compression(options, Recorder())
     report = run.run("test")
-    from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
+    from pifa_vllm.compress.calibration.samples import load_samples
 
     tokens = load_samples(
         str(text), load_tokenizer(llama), samples=6, length=48, seed=0, model_dir=llama

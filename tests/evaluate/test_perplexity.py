@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import CheckpointError, EvaluationError
 from pifa_vllm.evaluate import perplexity as module
 from pifa_vllm.evaluate.perplexity import load_model, perplexity
-from pifa_vllm.evaluate.protocol import load_tokenizer
 from tests.conftest import Twins
 from tests.edit import copy_edited
 from tests.tiny import save_tiny_model
@@ -101,7 +101,7 @@ def test_too_long_windows(twins: Twins) -> None:
 
 
 def test_damaged_and_unknown_models(twins: Twins, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"nowhere: the tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"nowhere: the tokenizer cannot be loaded"):
         perplexity(tmp_path / "nowhere", TEXT, seqlen=100)
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         load_model(tmp_path / "nowhere")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 from transformers import AutoConfig, logging
 from transformers.testing_utils import CaptureLogger
 
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, load_tokenizer
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows
 from tests.conftest import Twins
 
 
@@ -78,16 +78,6 @@ def test_windows_must_fit_the_model(twins: Twins) -> None:
         EvaluationError, match=r"^here: the tokenizer gives token 960, but .* vocab_size is 258"
     ):
         check_fit(cut_windows(Letters(), "aπ", seqlen=2), config, "here")
-
-
-def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="the tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(EvaluationError, match="the tokenizer cannot be loaded") as caught:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_derived_figures() -> None:

@@ -51,23 +51,6 @@ class CalibrationSet:
     record: dict[str, Any]
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """Load the tokenizer of a model directory, running no code from it.
-
-    Raises:
-        CalibrationError: if it has none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files are parsed by several libraries with errors of their own
-        raise CalibrationError(
-            f"{model_dir}: its tokenizer cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Expected tokenizer.json or tokenizer.model."
-        ) from error
-
-
 def load_samples(
     spec: str,
     tokenizer: Any,

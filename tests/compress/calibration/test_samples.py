@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.compress.calibration import samples
 from pifa_vllm.compress.calibration.documents import DATASETS, DatasetSource, is_file_spec, parse_dataset
-from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples
 from pifa_vllm.errors import CalibrationError
 from tests.tiny import save_byte_tokenizer
 
@@ -163,11 +164,6 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) ->
     (model / "config.json").write_text(json.dumps({"vocab_size": 40}))
     with pytest.raises(CalibrationError, match=r"token id \d+ .* found vocab_size 40"):
         draw(text_file(tmp_path / "some.txt"), model)
-
-
-def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
 
 
 def test_what_is_a_file_and_what_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

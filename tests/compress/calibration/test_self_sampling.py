@@ -11,8 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.compress.calibration import self_sampling
-from pifa_vllm.compress.calibration.samples import load_samples, load_tokenizer
+from pifa_vllm.compress.calibration.samples import load_samples
 from pifa_vllm.compress.calibration.self_sampling import (
     _Buffer,
     _chat_turns,
