@@ -33,6 +33,15 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
         raise write_error(target, error) from error
 
 
+def replace_text(target: Path, text: str) -> None:
+    """Create or replace a UTF-8 text file, whole or not at all.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    replace_file(target, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
 def sync(path: Path) -> None:
     """Push a file or directory entry to the disk, so that a power cut cannot undo a later rename."""
     descriptor = os.open(path, os.O_RDONLY)

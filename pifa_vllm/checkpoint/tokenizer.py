@@ -19,9 +19,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # several libraries parse these files, and some raise bare Exception
+    except Exception as error:  # several libraries parse these files, and some raise bare Exception
         raise CheckpointError(
             f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}). Expected tokenizer.json or tokenizer.model."

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pifa_vllm.checkpoint.atomic import replace_file, sync, write_error
+from pifa_vllm.checkpoint.atomic import replace_file, replace_text, sync, write_error
 from pifa_vllm.checkpoint.schema import BIAS, COEFFICIENTS, PIVOT_ROWS, PIVOT_WEIGHT, PIFAConfig
 from pifa_vllm.checkpoint.shards import INDEX_NAME, read_header
 from pifa_vllm.errors import CheckpointError
@@ -61,7 +61,7 @@ class CheckpointWriter:
 
     def write_text(self, file: str, text: str) -> None:
         """Write a text file, whole or not at all."""
-        replace_file(self.staging / file, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_text(self.staging / file, text)
 
     def copy_companions(self, source: Path) -> None:
         """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""

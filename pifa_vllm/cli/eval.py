@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 The text is tokenised as one stream and cut into windows that do not overlap; a last partial window is dropped. The
 figure is the mean negative log-likelihood per token, in float32, each window's first token not scored. Logits that
-are not finite are an error.
+are not finite are an error. --record adds the figure to the reports that `pifa-vllm compress` wrote there.
 """
 
 
@@ -55,6 +55,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--eager", action="store_true", help="vLLM without torch.compile, which starts sooner")
     add("--threads", type=int, metavar="N", help="torch threads (vLLM binds its own)")
+    add(
+        "--record",
+        action="store_true",
+        help="add the result to the directory's compression report, its HTML page and its model card",
+    )
     add("--json", action="store_true", help="print JSON, with the figure of every window")
     parser.set_defaults(run=run)
 
@@ -65,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
     from pifa_vllm.errors import EvaluationError
 
+    method = None
+    if args.record:
+        from pifa_vllm.compress.report.record import read_report
+
+        method = read_report(args.model).method  # before minutes go into a result that has no place to go
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
             print(_line(result))
         if difference is not None:
             print(f"difference of the mean NLLs (vllm - transformers): {difference:+.2e}")
+    if method is not None:
+        _record(args, text, results, method)
     return 0
 
 
@@ -121,6 +133,35 @@ def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
             device=args.device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+
+
+def _record(args: argparse.Namespace, text: str, results: list[Perplexity], method: str) -> None:
+    import hashlib
+
+    from pifa_vllm.compress.report.record import record
+    from pifa_vllm.compress.report.schema import CARD_NAME, Evaluation
+
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    evaluations = [
+        Evaluation(
+            model=method,
+            value=result.perplexity,
+            data=args.text.name,
+            tokens=result.scored_tokens,
+            nll=result.nll,
+            windows=result.windows,
+            seqlen=result.seqlen,
+            special_tokens=result.special_tokens,
+            engine=result.engine,
+            dtype=result.dtype,
+            text_sha256=digest,
+        )
+        for result in results
+    ]
+    written = record(args.model, evaluations)
+    print(f"recorded in {', '.join(str(args.model / file) for file in written)}", file=sys.stderr)
+    if CARD_NAME not in written:
+        print(f"{args.model / CARD_NAME} was changed by hand and is left as it is", file=sys.stderr)
 
 
 def _line(result: Perplexity) -> str:

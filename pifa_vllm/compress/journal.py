@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pifa_vllm.checkpoint.atomic import replace_file, write_error
+from pifa_vllm.checkpoint.atomic import replace_text, write_error
 from pifa_vllm.compress.decoder import DenseModel
 from pifa_vllm.compress.report.schema import LayerReport, ModuleReport
 from pifa_vllm.errors import PifaError
@@ -47,8 +47,7 @@ class Journal(BaseModel):
 
     def save(self, path: Path) -> None:
         """Replace the journal on disk, whole or not at all."""
-        text = self.model_dump_json()
-        replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+        replace_text(path, self.model_dump_json())
 
     @classmethod
     def load(cls, path: Path, inputs: dict[str, Any]) -> Journal | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from pifa_vllm.checkpoint import load_tokenizer
-from pifa_vllm.checkpoint.atomic import replace_file
+from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.compress.allocation import Recipe, uniform
 from pifa_vllm.compress.calibration.samples import load_samples
 from pifa_vllm.compress.calibration.token_file import write_tokens
@@ -147,8 +147,7 @@ class Demo:
             result = perplexity(directory, self._text(), seqlen=_SEQLEN, max_windows=_WINDOWS)
             gc.collect()
             figures[key] = result.to_dict()
-            kept = json.dumps(figures, indent=1)
-            replace_file(cache, lambda path: path.write_text(kept, encoding="utf-8"))
+            replace_text(cache, json.dumps(figures, indent=1))
         return float(figures[key]["perplexity"])
 
     def _text_name(self) -> str:

@@ -41,14 +41,29 @@ class Perplexity:
         return len(self.window_nlls)
 
     @property
+    def scored_tokens(self) -> int:
+        """Tokens that were scored: all but each window's first."""
+        return self.windows * (self.seqlen - 1)
+
+    @property
     def nll(self) -> float:
         """Mean negative log-likelihood per scored token, in nats."""
         return math.fsum(self.window_nlls) / self.windows
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+        """exp(nll).
+
+        Raises:
+            EvaluationError: if no float holds it.
+        """
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            raise EvaluationError(
+                f"{self.model}: the mean negative log-likelihood is {self.nll:.4g} nats per token, of which no "
+                "float holds the perplexity; expected at most 709. The weights are probably damaged."
+            ) from None
 
     @property
     def standard_error(self) -> float | None:
@@ -65,7 +80,7 @@ class Perplexity:
             "nll": self.nll,
             "standard_error": self.standard_error,
             "windows": self.windows,
-            "scored_tokens": self.windows * (self.seqlen - 1),
+            "scored_tokens": self.scored_tokens,
         }
         return {**derived, **asdict(self)}
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from pifa_vllm.cli import main
+from pifa_vllm.compress.report.render import render_files
+from tests.compress.report.sample_report import sample_report
 from tests.conftest import Twins
+from tests.edit import copy_edited
 
 
 @pytest.fixture
@@ -82,3 +85,35 @@ def test_texts_that_cannot_be_read(twins: Twins, tmp_path: Path, capsys: pytest.
     for path in (tmp_path / "latin.txt", tmp_path / "nowhere.txt", tmp_path):
         assert main(["eval", str(twins.pifa), "--text", str(path)]) == 1
         assert f"{path}: cannot be read as UTF-8 text" in capsys.readouterr().err
+
+
+def test_record_adds_the_figure_to_the_reports(
+    twins: Twins, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copy_edited(twins.pifa, tmp_path / "model")
+    for name, content in render_files(sample_report(evaluation=[])).items():
+        (directory / name).write_text(content)
+    arguments = ["eval", str(directory), "--text", str(text), "--seqlen", "64", "--json", "--record"]
+    assert main([*arguments, "--max-windows", "2"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert f"recorded in {directory / 'README.md'}, " in err
+    (row,) = json.loads((directory / "compression_report.json").read_text())["evaluation"]
+    assert (row["value"], row["nll"]) == (found["perplexity"], found["nll"])
+    assert (row["tokens"], row["windows"], row["seqlen"]) == (126, 2, 64)
+    assert (row["model"], row["data"], row["engine"], row["dtype"]) == (
+        "mpifa",
+        "text.txt",
+        "transformers",
+        "float32",
+    )
+    assert f"{found['perplexity']:.4g}" in (directory / "README.md").read_text()
+
+
+def test_record_needs_a_report_before_anything_is_measured(
+    twins: Twins, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(twins.pifa), "--text", str(text), "--seqlen", "64", "--record"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{twins.pifa / 'compression_report.json'}: no such file" in err

@@ -88,6 +88,8 @@ def test_derived_figures() -> None:
     assert found.standard_error == pytest.approx(float(torch.tensor(nlls).std() / math.sqrt(3)))
     assert found.windows == 3
     assert result(1.0).standard_error is None
+    with pytest.raises(EvaluationError, match=r"is 1000 nats per token.* expected at most 709"):
+        result(1000.0).to_dict()
 
 
 def test_everything_goes_to_json() -> None:

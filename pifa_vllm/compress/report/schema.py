@@ -72,8 +72,15 @@ class Evaluation(_Entry):
         model: what was measured, "dense", "svd-llm", "mpifa", ...
         metric: "perplexity" unless said otherwise.
         value: the figure.
-        data: on which text or task, "WikiText-2 test, 4 windows of 2048".
+        data: on which text or task, "heldout.txt".
         tokens: number of scored tokens, if known.
+        nll: mean negative log-likelihood per scored token, in nats.
+        windows: number of windows that the text was cut into.
+        seqlen: tokens per window.
+        special_tokens: whether the tokenizer added its own to the text.
+        engine: what ran the model, "transformers" or "vllm".
+        dtype: of weights and activations, "float32".
+        text_sha256: of the text as UTF-8.
     """
 
     model: str
@@ -81,6 +88,24 @@ class Evaluation(_Entry):
     value: float
     data: str
     tokens: int | None = None
+    nll: float | None = None
+    windows: int | None = None
+    seqlen: int | None = None
+    special_tokens: bool | None = None
+    engine: str | None = None
+    dtype: str | None = None
+    text_sha256: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What was scored, in words."""
+        return self.data + (f", {self.windows} windows of {self.seqlen} tokens" if self.windows else "")
+
+    @property
+    def setting(self) -> str:
+        """What ran the model, and how."""
+        bos = "with special tokens" if self.special_tokens else None
+        return ", ".join(x for x in (self.engine, self.dtype, bos) if x)
 
 
 class CompressionReport(_Entry):

@@ -136,7 +136,7 @@ def test_the_card_says_how_to_use_the_model() -> None:
     assert "base_model" not in front
     for needed in ("pip install 'pifa-vllm[cuda]'", "vllm serve DIR", "import pifa_vllm", "random weights"):
         assert needed in body
-    assert "| dense | some unseen text | 16,384 | perplexity | 19.26 |" in body
+    assert "| dense | some unseen text | 16,384 | perplexity | 19.26 |  |" in body
     assert "pifa-vllm compress models/sample out --density 0.6" in body
     assert "from the text file some.txt, seed 3" in body
 
