@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         densities = [float(x) for x in args.densities.split(",")]
     except ValueError as error:
         raise PifaError(f"--densities: expected numbers and commas, found {args.densities!r}.") from error
+    for density in densities:
+        if not 0.0 < density <= 1.0:
+            raise PifaError(f"--densities: expected numbers in (0, 1], found {density:g}.")
     quality(
         args.model,
         args.text,
@@ -72,7 +75,14 @@ def run_table(args: argparse.Namespace) -> int:
     """Print the tables."""
     from pifa_vllm.bench.table import cost_table, perplexity_table
     from pifa_vllm.checkpoint import read_json
+    from pifa_vllm.errors import PifaError
 
     results = read_json(args.results)
-    print(perplexity_table(results), cost_table(results), sep="\n\n")
+    try:
+        tables = perplexity_table(results), cost_table(results)
+    except (KeyError, StopIteration) as error:
+        raise PifaError(
+            f"{args.results}: expected the results of `pifa-vllm bench quality`, found none ({error!r})."
+        ) from error
+    print(*tables, sep="\n\n")
     return 0

@@ -11,7 +11,6 @@ import torch
 
 from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.compress.calibration import samples
-from pifa_vllm.compress.calibration.documents import DATASETS, DatasetSource, is_file_spec, parse_dataset
 from pifa_vllm.compress.calibration.samples import CalibrationSet, load_samples
 from pifa_vllm.errors import CalibrationError
 from tests.tiny import save_byte_tokenizer
@@ -164,27 +163,6 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path, tmp_path: Path) ->
     (model / "config.json").write_text(json.dumps({"vocab_size": 40}))
     with pytest.raises(CalibrationError, match=r"token id \d+ .* found vocab_size 40"):
         draw(text_file(tmp_path / "some.txt"), model)
-
-
-def test_what_is_a_file_and_what_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes").write_text("x")
-    (tmp_path / "folder").mkdir()
-    files = ("notes", "missing.jsonl", "./c4", "/nowhere", "~/text", "MISSING.TXT")
-    datasets = ("wikitext2", "c4", "org/name", "org/name:config:split", "folder", str(tmp_path))
-    assert all(map(is_file_spec, files))
-    assert not any(map(is_file_spec, datasets))
-
-
-def test_dataset_names() -> None:
-    assert parse_dataset("org/name") == DatasetSource("org/name", None, "train")
-    assert parse_dataset("org/name:en") == DatasetSource("org/name", "en", "train")
-    assert parse_dataset("org/name::test") == DatasetSource("org/name", None, "test")
-    assert parse_dataset("org/name:en:test") == DatasetSource("org/name", "en", "test")
-    assert parse_dataset("wikitext2") == DATASETS["wikitext2"]
-    for bad in ("a:b:c:d", ":config", ""):
-        with pytest.raises(CalibrationError, match="expected a text file"):
-            parse_dataset(bad)
 
 
 def test_a_dataset_is_read_through_datasets(
