@@ -1,0 +1,53 @@
+"""The front of the Triton kernels: decode kernels for few tokens, prefill kernels for many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pifa_vllm.ops.triton.configs import DECODE_TOKENS, describe, plan_decode, plan_prefill
+from pifa_vllm.ops.triton.decode import decode
+from pifa_vllm.ops.triton.prefill import prefill
+
+
+def linear_cuda(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute y = x Wᵀ + b for stacked matrices in pivoting form (arXiv 2501.19090, section 3) on a GPU.
+
+    It checks nothing: shapes, dtypes, devices, contiguity and the range of `out_rows` are the caller's duty, since
+    a wrong one makes the kernels read or write out of bounds. It neither waits for the device nor tunes, so that it
+    can be captured into a CUDA graph once it has been compiled by a call outside of one.
+
+    Args:
+        x: [tokens, n] contiguous float32, bfloat16 or float16, tokens > 0.
+        pivot_weight: [Σr, n] in the dtype of x, the shards' pivot rows stacked.
+        coefficients: [Σ (m_i - r_i) r_i] in the dtype of x, the shards' row-major matrices one after another.
+        out_rows: int32 [Σm], the output column of each row of the stacked [pivot rows of all shards; remaining rows
+            of shard 0; of shard 1; ...], a permutation.
+        ranks: r_i per shard, 0 to m_i.
+        out_features: m_i per shard.
+        bias: [Σm] in output order, or None.
+
+    Returns:
+        [tokens, Σm] in the dtype of x; sums are float32, y_p is rounded to the dtype of x between the products
+        (except for one token split over n, where it stays float32).
+    """
+    tokens, n = x.shape
+    bits = 8 * x.element_size()
+    device = describe(x.get_device())
+    # Triton launches on the current device, which need not be that of x.
+    with torch.cuda.device(x.get_device()):
+        if tokens <= DECODE_TOKENS:
+            plan = plan_decode(device, bits, tokens, n, ranks, out_features)
+            return decode(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, plan)
+        tiles = plan_prefill(device, bits, tokens, ranks, out_features)
+        return prefill(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, tiles)

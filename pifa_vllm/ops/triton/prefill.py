@@ -1,0 +1,215 @@
+"""The PIFA linear layer for many tokens (prefill), which is bound by arithmetic: tiles on tensor cores.
+
+Two launches for all shards together. `_pivot_kernel` computes y_p = x W_pᵀ, keeps it in scratch and writes it to
+the columns of the pivot rows; `_output_kernel` multiplies it by each shard's coefficients and writes the other
+columns. y is written once and y_p never gathered. Ranks need no padding: the last tile of a depth is masked.
+
+In plain PyTorch:
+
+    y_p = x @ pivot_weight.T                                                   # [tokens, Σr]
+    y_np = [y_p_i @ C_i.T for y_p_i, C_i in zip(split(y_p, ranks), C)]         # [tokens, m_i - r_i] each
+    y[:, out_rows] = cat([y_p, *y_np], dim=1) + bias[out_rows]                 # [tokens, Σm]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pifa_vllm.ops.triton.configs import PrefillPlan
+from pifa_vllm.ops.triton.shards import count_tiles, locate
+
+# Programs that run beside each other share this many tiles of tokens, so that their weights come from L2.
+_GROUP = 8
+
+
+def prefill(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+    plan: PrefillPlan,
+) -> Tensor:
+    """Run the two kernels; the arguments are those of `linear_cuda`.
+
+    Returns:
+        [tokens, Σm] in the dtype of x.
+    """
+    tokens, n = x.shape
+    pivots = pivot_weight.shape[0]
+    y = x.new_empty(tokens, sum(out_features))
+    y_p = x.new_empty(tokens, pivots)
+    first, second = plan.pivots, plan.outputs
+    if pivots:
+        _pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens),)](
+            x,
+            pivot_weight,
+            y_p,
+            out_rows,
+            bias,
+            y,
+            tokens,
+            pivots,
+            n,
+            y.shape[1],
+            BLOCK_T=first.tokens,
+            BLOCK_M=first.rows,
+            BLOCK_K=first.k,
+            GROUP=_GROUP,
+            PRECISION=plan.precision,
+            num_warps=first.warps,
+            enable_fp_fusion=True,
+            num_stages=first.stages,
+        )
+    tiles = count_tiles(ranks, out_features, second.rows)
+    if tiles:
+        _output_kernel[(tiles * triton.cdiv(tokens, second.tokens),)](
+            y_p,
+            coefficients,
+            out_rows,
+            bias,
+            y,
+            tokens,
+            pivots,
+            tiles,
+            tuple(ranks),
+            tuple(out_features),
+            y.shape[1],
+            BLOCK_T=second.tokens,
+            BLOCK_M=second.rows,
+            BLOCK_K=second.k,
+            GROUP=_GROUP,
+            PRECISION=plan.precision,
+            num_warps=second.warps,
+            enable_fp_fusion=True,
+            num_stages=second.stages,
+        )
+    return y
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _pivot_kernel(
+    x: tl.tensor,  # [tokens, n]
+    pivot_weight: tl.tensor,  # [pivots, n]
+    y_p: tl.tensor,  # [tokens, pivots]
+    out_rows: tl.tensor,  # int32 [columns]
+    bias: tl.tensor,  # [columns] or None
+    y: tl.tensor,  # [tokens, columns]
+    tokens: tl.tensor,
+    pivots: tl.tensor,
+    n: tl.tensor,
+    columns: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    tile, token_tile = _order(tl.cdiv(pivots, BLOCK_M), tl.cdiv(tokens, BLOCK_T), GROUP)
+    token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = _product(
+        x, n, pivot_weight, n, token, tokens, row, pivots, n, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION
+    )
+    mask = (token < tokens)[:, None] & (row < pivots)[None, :]
+    tl.store(y_p + token.to(tl.int64)[:, None] * pivots + row[None, :], sums, mask=mask)
+    _scatter(sums, token, row, row < pivots, mask, out_rows, bias, y, columns)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _output_kernel(
+    y_p: tl.tensor,  # [tokens, pivots]
+    coefficients: tl.tensor,  # the shards' [m_i - r_i, r_i], flat
+    out_rows: tl.tensor,  # int32 [columns]
+    bias: tl.tensor,  # [columns] or None
+    y: tl.tensor,  # [tokens, columns]
+    tokens: tl.tensor,
+    pivots: tl.tensor,
+    tiles: tl.tensor,
+    ranks: tl.tuple,  # tuple
+    out_features: tl.tuple,  # tuple
+    columns: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    tile, token_tile = _order(tiles, tl.cdiv(tokens, BLOCK_T), GROUP)
+    first, rows, rank, pivot, stacked, offset = locate(tile, ranks, out_features, BLOCK_M)
+    token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = first + tl.arange(0, BLOCK_M)
+    sums = _product(
+        y_p + pivot, pivots, coefficients + offset, rank,
+        token, tokens, row, rows, rank, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    mask = (token < tokens)[:, None] & (row < rows)[None, :]
+    _scatter(sums, token, row + stacked, row < rows, mask, out_rows, bias, y, columns)
+
+
+@triton.jit
+def _order(row_tiles: tl.tensor, token_tiles: tl.tensor, GROUP: tl.constexpr) -> tl.tensor:
+    """Walk the tiles in bands of GROUP token tiles, all of a band's tokens for one tile of rows after another."""
+    program = tl.program_id(0)
+    band = program // (GROUP * row_tiles)
+    height = tl.minimum(token_tiles - band * GROUP, GROUP)
+    within = program % (GROUP * row_tiles)
+    return within // height, band * GROUP + within % height
+
+
+@triton.jit
+def _product(
+    a: tl.tensor,  # [tokens, depth], rows a_stride apart
+    a_stride: tl.tensor,
+    b: tl.tensor,  # [rows, depth], rows b_stride apart
+    b_stride: tl.tensor,
+    token: tl.tensor,
+    tokens: tl.tensor,
+    row: tl.tensor,
+    rows: tl.tensor,
+    depth: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return float32 [BLOCK_T, BLOCK_M], the tile of a bᵀ; what lies beyond the last token or row is arbitrary."""
+    k = tl.arange(0, BLOCK_K)
+    # The last token and row stand in for those beyond them, which leaves only the columns to mask.
+    a_at = (
+        a + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
+    )  # [BLOCK_T, BLOCK_K]
+    b_at = b + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * b_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
+    sums = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        left = k < depth - start
+        a_k = tl.load(a_at, mask=left[None, :], other=0.0)
+        b_k = tl.load(b_at, mask=left[:, None], other=0.0)
+        sums = tl.dot(a_k, b_k, sums, input_precision=PRECISION)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    return sums
+
+
+@triton.jit
+def _scatter(
+    sums: tl.tensor,  # [BLOCK_T, rows]
+    token: tl.tensor,
+    stacked: tl.tensor,  # the rows' places in the stacked order
+    row_mask: tl.tensor,
+    mask: tl.tensor,
+    out_rows: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    columns: tl.tensor,
+) -> None:
+    column = tl.load(out_rows + stacked, mask=row_mask, other=0)
+    if bias is not None:
+        sums += tl.load(bias + column, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + token.to(tl.int64)[:, None] * columns + column[None, :], sums, mask=mask)
