@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
         write: called with the scratch file's path.
 
     Raises:
-        CheckpointError: if it cannot be written; nothing is left behind then.
+        CheckpointError: if it cannot be written. Nothing is left behind then, nor after Ctrl-C.
     """
     scratch = target.with_name(f".{target.name}.tmp")
     try:
@@ -29,8 +30,12 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
         os.replace(scratch, target)
         sync(target.parent)
     except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
         raise write_error(target, error) from error
+    finally:
+        with suppress(
+            OSError
+        ):  # gone after the rename; and where nothing can be written, this fails likewise
+            scratch.unlink(missing_ok=True)
 
 
 def replace_text(target: Path, text: str) -> None:

@@ -112,7 +112,11 @@ class Shards:
         return tensor
 
     def load_rows(self, name: str, rows: Tensor) -> Tensor:
-        """Read some rows of a matrix [m, n] without reading the rest: [rows, n], in the stored dtype."""
+        """Read some rows of a matrix [m, n] without reading the rest: [rows, n], in the stored dtype.
+
+        Raises:
+            CheckpointError: if it is missing, has no such row, or its shard cannot be read.
+        """
         entry = self.entry(name)
         unique, inverse = torch.unique(rows, return_inverse=True)
         outside = unique[(unique < 0) | (unique >= entry.shape[0])]
@@ -121,9 +125,12 @@ class Shards:
                 f"{entry.file}: tensor {name} has {entry.shape[0]} rows, but row {int(outside[0])} is asked "
                 "for. Do the tokenizer and the model belong together?"
             )
-        with safe_open(entry.file, framework="pt", device="cpu") as shard:
-            view = shard.get_slice(name)
-            picked = torch.cat([view[int(row) : int(row) + 1] for row in unique])
+        try:
+            with safe_open(entry.file, framework="pt", device="cpu") as shard:
+                view = shard.get_slice(name)
+                picked = torch.cat([view[int(row) : int(row) + 1] for row in unique])
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({error}).") from error
         return picked[inverse]
 
     def _open_index(self, index_path: Path) -> None:

@@ -14,6 +14,9 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: if there is none that can be loaded.
     """
+    if not directory.is_dir():
+        # transformers would take it for a name on the Hub.
+        raise CheckpointError(f"{directory}: no such directory; expected a model with its tokenizer.")
     # Most of what reads checkpoints needs no tokenizer, and this import takes seconds.
     from transformers import AutoTokenizer
 

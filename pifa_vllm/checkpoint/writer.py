@@ -18,8 +18,9 @@ from pifa_vllm.checkpoint.shards import INDEX_NAME, read_header
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
 
-# Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+# Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation, and
+# the licence, which has to go with every copy.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _NOT_COMPANIONS = {"config.json", "compression_report.json"}
 
 
@@ -67,7 +68,11 @@ class CheckpointWriter:
         """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""
         for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):
-                if path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json"):
+                if (
+                    path.is_file()
+                    and path.name not in _NOT_COMPANIONS
+                    and not path.name.endswith(".index.json")
+                ):
                     try:
                         shutil.copyfile(path, self.staging / path.name)
                         sync(self.staging / path.name)

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from pifa_vllm.errors import PifaError
 
     try:
+        from httpx import HTTPError
         from openai import APIConnectionError, OpenAI, OpenAIError
     except ModuleNotFoundError as error:
         raise PifaError(
@@ -30,7 +31,11 @@ def run(args: argparse.Namespace) -> int:
     client = OpenAI(base_url=f"{args.url.rstrip('/')}/v1", api_key=args.api_key, max_retries=0)
     history: list[dict[str, str]] = []
     try:
-        model = args.model or client.models.list().data[0].id
+        model = args.model or next((x.id for x in client.models.list().data), None)
+        if model is None:
+            raise PifaError(
+                f"{args.url}: expected a server of at least one model, found none; name one by --model."
+            )
         print(f"{model} at {args.url}; an empty line or Ctrl-D ends the chat", file=sys.stderr)
         while line := _read_line():
             history.append({"role": "user", "content": line})
@@ -45,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
                     print(piece, end="", flush=True)
             print()
             history.append({"role": "assistant", "content": "".join(answer)})
-    except APIConnectionError as error:
-        raise PifaError(
-            f"{args.url}: no server answers there ({error}). Start one with `pifa-vllm serve DIR`."
-        ) from error
+    except (APIConnectionError, HTTPError) as error:
+        # Not every version of the client wraps the connection that breaks in the middle of an answer.
+        what = "the connection broke off" if history else "no server answers there"
+        raise PifaError(f"{args.url}: {what} ({error}). Start one with `pifa-vllm serve DIR`.") from error
     except OpenAIError as error:
         raise PifaError(f"{args.url}: the server refused the request ({error}).") from error
     return 0

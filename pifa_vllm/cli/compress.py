@@ -178,5 +178,5 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
 
 
 def command_line(argv: list[str]) -> str:
-    """Return the command as a user would type it again."""
-    return shlex.join([Path(argv[0]).name, *argv[1:]])
+    """Return the command as a user would type it again, whichever way it was started."""
+    return shlex.join(["pifa-vllm", *argv[1:]])

@@ -68,6 +68,23 @@ class Recipe(BaseModel):
         """Return the density that `linear` is given."""
         return next((rule.density for rule in self.rules if rule.covers(linear)), self.density)
 
+    def check(self, linears: Sequence[LinearShape]) -> None:
+        """Check that every rule is about some module: a misspelt one must not be passed over in silence.
+
+        Args:
+            linears: every compressible module of the model.
+
+        Raises:
+            PifaError: naming the rule.
+        """
+        for index, rule in enumerate(self.rules):
+            if not any(rule.covers(linear) for linear in linears):
+                layers = "all layers" if rule.layers is None else f"layers {rule.layers}"
+                raise PifaError(
+                    f"recipe: rules.{index}: expected modules that match {rule.match!r} in {layers}, found none "
+                    f"among {linears[0].name} to {linears[-1].name}."
+                )
+
 
 def uniform(density: float, attention: float | None = None, mlp: float | None = None) -> Recipe:
     """Make a recipe of one density, or of one for attention and one for MLP modules.
@@ -94,7 +111,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PifaError(f"{path}: cannot be read as a YAML recipe ({error}).") from error
+        reason = " ".join(str(error).split())
+        raise PifaError(f"{path}: cannot be read as a YAML recipe ({reason}).") from error
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
@@ -147,10 +165,10 @@ def allocate(
         spare += wanted * m * n - count(m, n, rank)
 
     def step(name: str) -> tuple[float, str] | None:
-        """(Priority, module) of raising `name` by one tile, None where that would make it dense."""
+        """(Priority, module) of raising `name` by one tile, None where it had better be dense."""
         linear, rank = shapes[name], ranks[name]
         raised = rank - rank % tile + tile
-        if raised >= min(linear.m, linear.n):
+        if raised >= min(linear.m, linear.n) or count(linear.m, linear.n, raised) > linear.m * linear.n:
             return None
         lost = density(linear) * linear.m * linear.n - count(linear.m, linear.n, rank)
         return -lost / (linear.m * linear.n), name

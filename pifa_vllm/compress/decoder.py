@@ -66,7 +66,9 @@ class DenseModel:
         self._check_supported()
         self.shards = Shards(directory)
         try:
-            self.config: Any = AutoConfig.from_pretrained(directory)
+            self.config: Any = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
             self.config._attn_implementation = "sdpa"
             with torch.device("meta"):
                 self._skeleton: Any = AutoModelForCausalLM.from_config(self.config)

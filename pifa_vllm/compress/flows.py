@@ -60,12 +60,18 @@ class Flows:
     Args:
         directory: where the files lie.
         shape: of each flow's hidden states.
+
+    Raises:
+        CheckpointError: if the directory cannot be created.
     """
 
     def __init__(self, directory: Path, shape: FlowShape) -> None:
         self.directory = directory
         self.shape = shape
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(directory, error) from error
 
     def entering(self, layer: int) -> tuple[Tensor, Tensor]:
         """Map (dense, compressed) hidden states entering `layer`, each [samples, length, hidden]."""
@@ -80,10 +86,16 @@ class Flows:
         return all(path.is_file() and path.stat().st_size == self.shape.nbytes for path in paths)
 
     def commit(self, layer: int) -> None:
-        """Push the states entering `layer` to the disk."""
-        sync(self._path("dense", layer))
-        sync(self._path("compressed", layer))
-        sync(self.directory)
+        """Push the states entering `layer` to the disk.
+
+        Raises:
+            CheckpointError: if they cannot be written there.
+        """
+        for path in (self._path("dense", layer), self._path("compressed", layer), self.directory):
+            try:
+                sync(path)
+            except OSError as error:
+                raise write_error(path, error) from error
 
     def discard(self, layer: int) -> None:
         """Delete the states entering `layer`, once those of the next one are committed."""

@@ -61,8 +61,9 @@ class Journal(BaseModel):
         try:
             journal = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise PifaError(
-                f"{path}: the journal of an earlier attempt cannot be read ({error}). Remove {path.parent} to "
+                f"{path}: the journal of an earlier attempt cannot be read ({reason}). Remove {path.parent} to "
                 "start over."
             ) from error
         if journal.inputs != inputs:

@@ -59,6 +59,7 @@ class Compression:
             )
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.model.dtype
         self.linears = self.model.linears()
+        options.density.check(self.linears)
         self.ranks = allocate(self.linears, options.density, options.representation, options.tile)
 
     @property
@@ -137,7 +138,10 @@ class Compression:
             device=options.device,
             on_progress=self.progress.sampling,
         )
-        if options.calibration == "self" and not drawn:
+        if drawn:
+            # A file of this run's own, which is gone when somebody reads the record.
+            calibration.record.pop("tokens_file", None)
+        elif options.calibration == "self":
             write_tokens(kept, calibration.tokens, calibration.record)
         return calibration
 

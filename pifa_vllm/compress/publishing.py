@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ def publish(
     ranks = {x.name: x.rank for x in journal.modules if not x.dense}
     report = _report(writer, model, options, dtype, journal, ranks, calibration, command)
     writer.copy_companions(options.model)
-    card = options.model / CARD_NAME
-    source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    for file, text in render_files(report, source_card).items():
+    for file, text in render_files(report, _source_card(options.model)).items():
         writer.write_text(file, text)
     config = {**model.raw_config, "dtype": report.dtype}
     config.pop("torch_dtype", None)
@@ -71,6 +70,14 @@ def publish(
         section = PIFAConfig(density=report.density, ranks=ranks, provenance=provenance)
     writer.publish(config, section)
     return report
+
+
+def _source_card(directory: Path) -> str | None:
+    try:
+        return (directory / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        # Not there, as a rule. One that cannot be read costs the new card its licence line, not the whole run.
+        return None
 
 
 def _report(

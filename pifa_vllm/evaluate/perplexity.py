@@ -88,7 +88,11 @@ def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> Pre
     Shards(directory)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise EvaluationError(

@@ -86,6 +86,7 @@ def test_directories_that_are_no_pifa_checkpoints(tmp_path: Path) -> None:
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe\x00", "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
         (b"[1]", "expected a JSON object, found list"),
     ],
 )

@@ -13,6 +13,8 @@ def test_pifa_and_dense_directories_have_the_same(twins: Twins) -> None:
 
 
 def test_none_or_a_damaged_one_is_refused_in_one_paragraph(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

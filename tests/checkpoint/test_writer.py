@@ -69,6 +69,9 @@ def test_companions_are_copied_untouched_and_weights_are_not(tmp_path: Path) -> 
         "chat_template.jinja",
         "tokenizer.model",
         "merges.txt",
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
     ]
     left = [
         "config.json",
@@ -81,6 +84,7 @@ def test_companions_are_copied_untouched_and_weights_are_not(tmp_path: Path) -> 
     ]
     for name in kept + left:
         (source / name).write_bytes(name.encode() + b"\r\n\xff")
+    (source / "folder.json").mkdir()
     made = CheckpointWriter(tmp_path / "out", tmp_path / "staging")
     made.copy_companions(source)
     assert sorted(path.name for path in made.staging.iterdir()) == sorted(kept)

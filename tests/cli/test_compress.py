@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pifa_vllm.cli import main
+from pifa_vllm.cli.compress import command_line
 from pifa_vllm.compress.allocation import uniform
 from tests.compress.runs import write_text
 from tests.tiny import save_tiny_model
@@ -90,3 +91,8 @@ def test_both_part_densities_replace_the_common_one(model, tmp_path, capsys):
 def test_missing_model_directory(tmp_path, capsys):
     assert main(arguments(tmp_path / "nowhere", tmp_path / "out", "--density", "0.5")) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_recorded_command_is_what_a_user_types():
+    argv = ["/somewhere/pifa_vllm/__main__.py", "compress", "a model", "out", "--seed", "3"]
+    assert command_line(argv) == "pifa-vllm compress 'a model' out --seed 3"

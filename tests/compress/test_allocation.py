@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pifa_vllm.compress.allocation import allocate, kept_parameters, load_recipe, uniform
+from pifa_vllm.compress.allocation import Recipe, allocate, kept_parameters, load_recipe, uniform
 from pifa_vllm.compress.decoder import LinearShape
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import pifa_rank
@@ -109,10 +109,28 @@ def test_recipe_rules_apply_in_order(tmp_path):
 def test_bad_recipes_name_the_field(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(PifaError, match=message):
+    with pytest.raises(PifaError, match=message) as caught:
         load_recipe(path)
+    assert "\n" not in str(caught.value)
     with pytest.raises(PifaError, match=r"missing\.yaml"):
         load_recipe(tmp_path / "missing.yaml")
+
+
+def test_a_rule_about_nothing_is_refused_by_its_number():
+    for rule, message in (
+        ({"match": "*.downproj"}, r"rules\.1: expected modules that match '\*\.downproj' in all layers"),
+        ({"layers": [30, "40-50"]}, r"rules\.1: .* in layers \[30, '40-50'\], found none"),
+    ):
+        rules = [{"match": "*.mlp.*", "density": 0.7}, {**rule, "density": 0.5}]
+        with pytest.raises(PifaError, match=message):
+            Recipe.model_validate({"density": 0.6, "rules": rules}).check(SMOLLM2)
+    uniform(0.5, attention=0.6, mlp=0.7).check(SMOLLM2)
+
+
+def test_no_low_rank_module_takes_more_than_dense():
+    linears = layer_shapes(12, 576, 192, 1536)
+    ranks = allocate(linears, uniform(0.99), "lowrank", tile=16)
+    assert all(ranks[x.name] * (x.m + x.n) <= x.m * x.n for x in linears)
 
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.01, float("nan")])

@@ -43,3 +43,18 @@ def test_a_full_disk_is_an_error_at_once(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="the disk is full"):
         map_activations(tmp_path / "x.bin", SHAPE)
     assert not (tmp_path / "x.bin").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/flows: cannot be written"):
+        Flows(tmp_path / "file" / "flows", SHAPE)
+
+
+def test_states_that_do_not_reach_the_disk_are_an_error(tmp_path, monkeypatch):
+    flows = Flows(tmp_path, SHAPE)
+    flows.entering(1)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"dense-00001\.bin: the disk is full"):
+        flows.commit(1)

@@ -29,8 +29,9 @@ def test_other_inputs_are_named(tmp_path):
 def test_a_damaged_journal_is_an_error(tmp_path, text):
     path = tmp_path / "journal.json"
     path.write_text(text)
-    with pytest.raises(PifaError, match=r"journal\.json: the journal .* cannot be read"):
+    with pytest.raises(PifaError, match=r"journal\.json: the journal .* cannot be read") as caught:
         Journal.load(path, {})
+    assert "\n" not in str(caught.value)
 
 
 def test_fingerprint_sees_config_shapes_and_values(tmp_path):

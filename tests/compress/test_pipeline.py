@@ -281,6 +281,22 @@ def test_own_samples_of_another_seed_or_model_are_not_reused(llama, text, tmp_pa
     assert drawn == [("llama", 0), ("llama", 1), ("other", 1)]
 
 
+def test_a_resumed_runs_record_is_that_of_its_samples_not_of_its_own_file(llama, text, tmp_path, monkeypatch):
+    options = tiny_options(llama, tmp_path / "out", "self", samples=2, length=16)
+    interrupted(options, monkeypatch, CheckpointError("the disk is full"))
+    report, recorder = compress(options)
+    assert recorder.named("layer") == [1, 2]
+    assert report.calibration["source"] == "self"
+    assert "tokens_file" not in report.calibration
+
+
+def test_a_recipes_rule_about_nothing_is_refused_at_once(llama, text, tmp_path):
+    recipe = Recipe.model_validate({"density": 0.6, "rules": [{"layers": [7], "density": 0.9}]})
+    with pytest.raises(PifaError, match=r"rules\.0: expected modules that match '\*' in layers \[7\]"):
+        compress(tiny_options(llama, tmp_path / "out", text, density=recipe))
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_second_process_is_kept_out(llama, text, tmp_path):
     options = tiny_options(llama, tmp_path / "out", text)
     (tmp_path / "out.partial").mkdir()

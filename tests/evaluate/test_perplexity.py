@@ -101,7 +101,7 @@ def test_too_long_windows(twins: Twins) -> None:
 
 
 def test_damaged_and_unknown_models(twins: Twins, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: the tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such directory"):
         perplexity(tmp_path / "nowhere", TEXT, seqlen=100)
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         load_model(tmp_path / "nowhere")

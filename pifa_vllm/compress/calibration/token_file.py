@@ -36,10 +36,10 @@ def read_tokens(path: Path, samples: int, length: int) -> tuple[Tensor, dict[str
     try:
         with safe_open(path, framework="pt") as file:
             tokens: Tensor = file.get_tensor("tokens")
-            record = json.loads((file.metadata() or {}).get("record", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            record = dict(json.loads((file.metadata() or {}).get("record", "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CalibrationError(
-            f"{path}: expected a safetensors file with a tensor `tokens` ({error})."
+            f"{path}: expected a safetensors file with a tensor `tokens` and a record of them ({error})."
         ) from error
     if tokens.dtype != torch.int64 or tuple(tokens.shape) != (samples, length):
         raise CalibrationError(

@@ -26,6 +26,10 @@ def test_wrong_files_are_named(tmp_path):
     save_file({"other": torch.zeros(2, 2)}, path)
     with pytest.raises(CalibrationError, match="tokens"):
         read_tokens(path, 2, 2)
+    for record in ("{", "3", "[1]"):
+        save_file({"tokens": torch.zeros(2, 2, dtype=torch.int64)}, path, metadata={"record": record})
+        with pytest.raises(CalibrationError, match="and a record of them"):
+            read_tokens(path, 2, 2)
     save_file({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, path)
     with pytest.raises(CalibrationError, match=r"expected int64 \[2, 2\].*found torch\.int64 \[2, 3\]"):
         read_tokens(path, 2, 2)

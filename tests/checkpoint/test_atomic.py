@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from pifa_vllm.checkpoint.atomic import replace_file, replace_text
+from pifa_vllm.errors import CheckpointError
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    replace_text(path, "çà")
+    replace_text(path, "là\n")
+    assert path.read_bytes() == "là\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["some.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(OSError("no"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_what_interrupts_the_writing_leaves_the_old_file_and_no_other(
+    tmp_path: Path, error: BaseException, expected: type[BaseException]
+) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text("old")
+
+    def write(scratch: Path) -> None:
+        scratch.write_text("half")
+        raise error
+
+    with pytest.raises(expected):
+        replace_file(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["some.txt"]
+
+
+def test_a_place_where_no_file_can_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.json", tmp_path / "nowhere" / "x.json"):
+        with pytest.raises(CheckpointError, match=rf"{path}: cannot be written"):
+            replace_text(path, "{}")
