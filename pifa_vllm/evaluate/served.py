@@ -59,8 +59,8 @@ def served_perplexity(
             ) from error
         llm = LLM(
             model=str(directory),
-            # Its own "auto" would turn float32 into bfloat16.
-            dtype=config.dtype if dtype == "auto" else dtype,
+            # Its own "auto" would turn float32 into bfloat16; it is left to guess where config.json names none.
+            dtype=(config.dtype or "auto") if dtype == "auto" else dtype,
             max_model_len=seqlen,
             max_num_seqs=1,
             max_num_batched_tokens=min(seqlen, _STEP_TOKENS),

@@ -20,7 +20,8 @@ def findings(report: CompressionReport) -> list[str]:
     if not report.evaluation:
         found.append(
             "No evaluation on unseen text is recorded. Every error below is measured on the calibration tokens "
-            "themselves; measure the perplexity of text you care about with pifa-vllm eval before using the model."
+            "themselves; measure the perplexity of text you care about with pifa-vllm eval --record before using the "
+            "model."
         )
     found += _data(report)
     found += _budget(report)
