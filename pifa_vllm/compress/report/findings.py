@@ -20,8 +20,8 @@ def findings(report: CompressionReport) -> list[str]:
     if not report.evaluation:
         found.append(
             "No evaluation on unseen text is recorded. Every error below is measured on the calibration tokens "
-            "themselves; measure the perplexity of text you care about with pifa-vllm eval --record before using the "
-            "model."
+            "themselves; before using the model, measure the perplexity of text you care about with pifa-vllm eval "
+            "--record."
         )
     found += _data(report)
     found += _budget(report)
