@@ -38,8 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--method",
         choices=("mpifa", "mpifa-exact", "svd-llm", "svd"),
         default="mpifa",
-        help="mpifa: the paper's M (U, then V); mpifa-exact: M as reduced-rank regression; svd-llm and svd: "
-        "baselines (default: %(default)s)",
+        help="mpifa: the paper's M (U, then V); mpifa-exact: M as cross-fitted reduced-rank regression; svd-llm "
+        "and svd: baselines (default: %(default)s)",
     )
     add(
         "--representation",
@@ -51,8 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--mix",
         type=float,
-        default=0.25,
-        help="λ, the dense flow's share in M's target (default: %(default)s)",
+        help="λ, the dense flow's share in M's target (default: 0.25 for mpifa, 1 for mpifa-exact)",
     )
     add(
         "--feedback",

@@ -39,33 +39,19 @@ def whitened_svd(weight: Tensor, gram: Tensor, rank: int, ridge: float) -> Facto
         rank: r, at most min(m, n).
         ridge: added to G's diagonal, in units of its mean.
     """
-    return _project(weight.double(), _regularised(gram, ridge), rank)
+    return _project(weight.double(), regularised(gram.double(), ridge), rank)
 
 
-def target_cross(
-    weight: Tensor,
-    gram: Tensor,
-    cross: Tensor,
-    mix: float,
-    drift: Tensor | None = None,
-    feedback: float = 0.0,
-) -> Tensor:
-    """Return E[y xᵀ] [m, n] for the target y = W((1 - λ) x + λ x_o) + μ (h_o - h).
-
-    The first term is M's (MPIFA, section 4). The second is ours: o and down write to the residual stream, which
-    by then carries the errors of every earlier layer, and a least-squares solve can make them undo the part of
-    it that their inputs predict, at no cost in rank or parameters.
+def target_cross(weight: Tensor, gram: Tensor, cross: Tensor, mix: float) -> Tensor:
+    """Return E[y xᵀ] [m, n] for M's target y = W((1 - λ) x + λ x_o) (MPIFA, section 4).
 
     Args:
         weight: W [m, n].
         gram: G [n, n].
         cross: H [n, n].
-        mix: λ, the share of the dense model's inputs in the target.
-        drift: D [m, n], None for modules that do not write to the residual stream.
-        feedback: μ.
+        mix: λ.
     """
-    target = weight.double() @ torch.lerp(gram.double(), cross.double(), mix)
-    return target if drift is None or feedback == 0.0 else target + feedback * drift.double()
+    return weight.double() @ torch.lerp(gram.double(), cross.double(), mix)
 
 
 def alternating_update(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:
@@ -81,28 +67,11 @@ def alternating_update(weight: Tensor, gram: Tensor, target: Tensor, rank: int, 
         rank: r, at most min(m, n).
         ridge: α in units of G's mean diagonal.
     """
-    regularised = _regularised(gram, ridge)
-    _, v = _project(weight.double(), regularised, rank)
-    u = _solve_spd(v @ regularised @ v.T, v @ (target.double() + _alpha(gram, ridge) * weight.double()).T).T
+    metric = regularised(gram.double(), ridge)
+    _, v = _project(weight.double(), metric, rank)
+    u = solve_spd(v @ metric @ v.T, v @ (target.double() + _alpha(gram, ridge) * weight.double()).T).T
     least_squares = _least_squares(weight, gram, target, ridge)
-    return u, _solve_spd(u.T @ u, u.T @ least_squares)
-
-
-def reduced_rank_regression(weight: Tensor, gram: Tensor, target: Tensor, rank: int, ridge: float) -> Factors:
-    """Reconstruct exactly: the global minimiser of E‖y - W' x‖² + α‖W - W'‖² over rank r.
-
-    The objective is ‖(W_ls - W') L‖² + const with W_ls = (E[y xᵀ] + αW)(G + αI)⁻¹ and L Lᵀ = G + αI
-    (reduced-rank regression), so W' = P_r(W_ls L) L⁻¹. The ridge pulls towards W, not towards zero: directions
-    that the calibration data barely excites keep the dense weights.
-
-    Args:
-        weight: W [m, n].
-        gram: G [n, n].
-        target: E[y xᵀ] [m, n], see `target_cross`.
-        rank: r, at most min(m, n).
-        ridge: α in units of G's mean diagonal.
-    """
-    return _project(_least_squares(weight, gram, target, ridge), _regularised(gram, ridge), rank)
+    return u, solve_spd(u.T @ u, u.T @ least_squares)
 
 
 def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
@@ -120,15 +89,16 @@ def _alpha(gram: Tensor, ridge: float) -> float:
     return ridge * mean if mean > 0.0 else 1.0
 
 
-def _regularised(gram: Tensor, ridge: float) -> Tensor:
-    regularised = gram.double().clone()
-    regularised.diagonal().add_(_alpha(gram, ridge))
-    return regularised
+def regularised(gram: Tensor, ridge: float) -> Tensor:
+    """Return G + αI in the dtype of G, α in units of G's mean diagonal."""
+    result = gram.clone()
+    result.diagonal().add_(_alpha(gram, ridge))
+    return result
 
 
 def _least_squares(weight: Tensor, gram: Tensor, target: Tensor, ridge: float) -> Tensor:
     right = target.double() + _alpha(gram, ridge) * weight.double()
-    return _solve_spd(_regularised(gram, ridge), right.T).T
+    return solve_spd(regularised(gram.double(), ridge), right.T).T
 
 
 def _project(weight: Tensor, metric: Tensor, rank: int) -> Factors:
@@ -155,8 +125,8 @@ def _square_root(metric: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return vectors * scale, lambda b: (vectors / scale) @ b
 
 
-def _solve_spd(metric: Tensor, right: Tensor) -> Tensor:
-    """metric⁻¹ right, through an eigendecomposition where rounding has made the metric indefinite."""
+def solve_spd(metric: Tensor, right: Tensor) -> Tensor:
+    """Return metric⁻¹ right, through an eigendecomposition where rounding has made the metric indefinite."""
     root, info = torch.linalg.cholesky_ex(metric)
     if int(info) == 0:
         return torch.cholesky_solve(right, root)

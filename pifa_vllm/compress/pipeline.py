@@ -238,6 +238,7 @@ class Compression:
             device=device,
             dense_gram=not options.uses_compressed_inputs,
             drift=options.uses_drift,
+            folds=options.folds,
         )
         return solver, flow_error
 

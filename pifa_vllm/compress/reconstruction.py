@@ -46,6 +46,7 @@ def reconstruct_layer(
     device: torch.device,
     dense_gram: bool = False,
     drift: bool = False,
+    folds: int = 1,
 ) -> float:
     """Compress one layer and move both flows past it.
 
@@ -58,6 +59,7 @@ def reconstruct_layer(
         device: where the layers lie.
         dense_gram: see `Moments`.
         drift: accumulate the residual stream's error for o and down, see `Moments`.
+        folds: see `Moments`.
 
     Returns:
         ‖h - h_o‖ / ‖h_o‖ over the hidden states that leave the layer, h compressed and h_o dense.
@@ -69,7 +71,7 @@ def reconstruct_layer(
             yield part, [tensor[part].to(device, torch.float32) for tensor in tensors]
 
     def moments(features: int, stream: int | None = None) -> Moments:
-        return Moments(features, device, stream=stream, dense_gram=dense_gram)
+        return Moments(features, device, stream=stream, dense_gram=dense_gram, folds=folds)
 
     def settle(group: str, collected: Moments) -> None:
         for name in GROUPS[group]:

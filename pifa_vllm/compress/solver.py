@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compress.allocation import PARAMETERS
+from pifa_vllm.compress.correction import fit_correction
 from pifa_vllm.compress.decoder import StagedLayer, layer_name
 from pifa_vllm.compress.lowrank import (
     Factors,
     alternating_update,
     output_error,
-    reduced_rank_regression,
     target_cross,
     truncated_svd,
     whitened_svd,
@@ -122,12 +122,13 @@ class LayerSolver:
             return truncated_svd(weight, rank)
         if method == "svd-llm":
             return whitened_svd(weight, gram, rank, ridge)
-        mix, feedback = self._options.mix, self._options.feedback
+        mix = self._options.effective_mix
         if method == "mpifa":
             target = target_cross(weight, gram, moments.cross(), mix)
             return alternating_update(weight, gram, target, rank, ridge)
-        target = target_cross(weight, gram, moments.cross(), mix, moments.drift(), feedback)
-        return reduced_rank_regression(weight, gram, target, rank, ridge)
+        correction = fit_correction(weight, moments, mix, self._options.feedback)
+        # Reduced-rank regression: the best rank-r answer to the least-squares one, in the metric of the inputs.
+        return whitened_svd(weight.double() + correction.delta, gram, rank, ridge)
 
     def _keep_dense(self, name: str, weight: Tensor, bias: Tensor | None, started: float) -> Tensor:
         used = weight.to(self._dtype)

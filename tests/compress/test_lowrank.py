@@ -6,7 +6,6 @@ import torch
 from pifa_vllm.compress.lowrank import (
     alternating_update,
     output_error,
-    reduced_rank_regression,
     target_cross,
     truncated_svd,
     whitened_svd,
@@ -43,22 +42,12 @@ def test_whitened_svd_is_the_optimum_in_the_inputs_metric(m, n):
 
 
 @pytest.mark.parametrize(("m", "n"), [(24, 24), (40, 17), (17, 40)])
-def test_reduced_rank_regression_beats_every_neighbour_and_the_papers_update(m, n):
+def test_the_papers_update_beats_plain_whitening_on_its_target(m, n):
     weight, x_o, x, gram, cross = problem(m, n)
-    rank, mix, ridge = 6, 0.25, 1e-9
-    target = target_cross(weight, gram, cross, mix)
-    y = (x + mix * (x_o - x)) @ weight.T
-    u, v = reduced_rank_regression(weight, gram, target, rank, ridge)
-    best = loss(weight, u, v, x, y)
-    paper = loss(weight, *alternating_update(weight, gram, target, rank, ridge), x, y)
-    plain = loss(weight, *whitened_svd(weight, gram, rank, ridge), x, y)
-    assert best <= paper * (1 + 1e-9)
-    assert paper < plain
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        du = torch.randn(u.shape, generator=generator, dtype=u.dtype) * u.abs().mean() * 1e-3
-        dv = torch.randn(v.shape, generator=generator, dtype=v.dtype) * v.abs().mean() * 1e-3
-        assert best < loss(weight, u + du, v + dv, x, y)
+    target = target_cross(weight, gram, cross, 0.25)
+    y = (x + 0.25 * (x_o - x)) @ weight.T
+    paper = loss(weight, *alternating_update(weight, gram, target, 6, 1e-9), x, y)
+    assert paper < loss(weight, *whitened_svd(weight, gram, 6, 1e-9), x, y)
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
@@ -70,7 +59,6 @@ def test_full_rank_reproduces_the_weight_when_both_flows_agree(m, n):
         truncated_svd(weight, rank),
         whitened_svd(weight, gram, rank, 1e-6),
         alternating_update(weight, gram, target, rank, 1e-6),
-        reduced_rank_regression(weight, gram, target, rank, 1e-6),
     ):
         assert float((u @ v - weight).norm() / weight.norm()) < 1e-7
 
@@ -84,7 +72,7 @@ def test_singular_moments_give_finite_factors(m, n):
     for ridge in (0.0, 1e-12, 1e-2):
         for u, v in (
             whitened_svd(weight, gram, 3, ridge),
-            reduced_rank_regression(weight, gram, target, 3, ridge),
+            alternating_update(weight, gram, target, 3, ridge),
         ):
             assert torch.isfinite(u).all()
             assert torch.isfinite(v).all()
@@ -98,16 +86,8 @@ def test_inputs_that_are_all_zero_give_finite_factors():
     for u, v in (
         whitened_svd(weight, gram, 2, 1e-6),
         alternating_update(weight, gram, target, 2, 1e-3),
-        reduced_rank_regression(weight, gram, target, 2, 1e-2),
     ):
         assert torch.isfinite(u @ v).all()
-
-
-def test_ridge_pulls_towards_the_dense_weight_not_towards_zero():
-    weight, _, _, gram, cross = problem(12, 12)
-    target = target_cross(weight, gram, cross, 1.0)
-    u, v = reduced_rank_regression(weight, gram, target, 12, ridge=1e9)
-    assert float((u @ v - weight).norm() / weight.norm()) < 1e-3
 
 
 def test_output_error_is_the_relative_error_on_the_inputs():
@@ -117,22 +97,3 @@ def test_output_error_is_the_relative_error_on_the_inputs():
     assert output_error(weight, other, gram) == pytest.approx(direct, rel=1e-9)
     assert output_error(weight, weight, gram) == 0.0
     assert output_error(weight, other, torch.zeros(7, 7)) == 0.0
-
-
-def test_feedback_aims_at_the_dense_residual_stream():
-    """With the drift in the target, output plus compressed stream come closer to the dense ones."""
-    weight, x_o, x, gram, cross = problem(12, 10)
-    lost = x @ torch.randn(10, 12, dtype=torch.float64) * 0.3 + 0.05 * torch.randn(
-        400, 12, dtype=torch.float64
-    )
-    drift = lost.T @ x / 400
-
-    def distance(feedback):
-        target = target_cross(weight, gram, cross, 0.25, drift, feedback)
-        u, v = reduced_rank_regression(weight, gram, target, 8, 1e-6)
-        return float((x_o @ weight.T + lost - x @ (u @ v).T).norm())
-
-    assert distance(1.0) < distance(0.5) < distance(0.0)
-    assert torch.equal(
-        target_cross(weight, gram, cross, 0.25, None, 1.0), target_cross(weight, gram, cross, 0.25)
-    )

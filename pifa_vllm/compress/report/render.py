@@ -29,8 +29,8 @@ METHODS = {
     "mpifa": "MPIFA (arXiv 2501.19090): whitened singular value decomposition, then the paper's update M of both "
     "factors towards a mix of the dense and the compressed model's activations.",
     "mpifa-exact": "MPIFA (arXiv 2501.19090) with its update M solved exactly, as reduced-rank regression "
-    "towards a mix of the dense and the compressed model's activations; with feedback, o and down are also "
-    "asked to undo the error that the residual stream has by then.",
+    "towards the dense model's activations, cross-fitted between two halves of the samples; with feedback, o and "
+    "down are also asked to undo the error that the residual stream has by then.",
 }
 # What a derived model's card takes over from its source's.
 _KEPT_FRONT_MATTER = ("license", "license_name", "license_link", "language")
