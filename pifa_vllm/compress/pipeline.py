@@ -234,7 +234,8 @@ class Compression:
             compressed,
             states,
             solver,
-            chunk=max(1, options.chunk_tokens // options.length),
+            # Folds take turns by chunks: in one chunk of all samples, the second fold would be empty.
+            chunk=max(1, min(options.chunk_tokens // options.length, options.samples // options.folds)),
             device=device,
             dense_gram=not options.uses_compressed_inputs,
             drift=options.uses_drift,

@@ -80,6 +80,19 @@ def test_reconstruction_beats_the_baselines_on_the_flow(llama, text, tmp_path):
     assert errors["mpifa-exact"] < errors["svd-llm"]
 
 
+def test_chunks_of_any_size_leave_samples_for_both_folds(llama, text, tmp_path):
+    """With nothing in the second fold, nothing could confirm a correction, and there would be none."""
+    for name, changes in (("plain", {"mix": 0.0, "feedback": 0.0}), ("corrected", {})):
+        compress(
+            tiny_options(
+                llama, tmp_path / name, text, method="mpifa-exact", chunk_tokens=1_000_000, **changes
+            )
+        )
+    plain, corrected = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "corrected")
+    name = "model.layers.0.mlp.down_proj.pivot_weight"
+    assert not torch.allclose(plain[name], corrected[name], rtol=1e-3)
+
+
 def test_density_one_is_the_dense_model(llama, text, tmp_path):
     report, _ = compress(tiny_options(llama, tmp_path / "out", text, density=uniform(1.0)))
     assert report.density == 1.0
