@@ -20,7 +20,9 @@ from pifa_vllm.ops.triton.shards import count_tiles
 # The last token count that the decode kernels take.
 DECODE_TOKENS = 64
 _BUCKETS = (1, 16, 32, 64)
-_MAX_SPLITS = 8
+# Splits of n. The partial sums of several tokens soon outweigh the weights, as every program of the second launch
+# reads those of its shard; for one token they are little.
+MAX_SPLITS = {1: 8, 16: 2, 32: 1, 64: 1}
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ DECODE: dict[int, dict[int, tuple[Tile, Tile]]] = {
         1: (Tile(16, 512, 4, 3), Tile(8, 512, 4, 4)),
         16: (Tile(32, 128, 4, 5), Tile(16, 128, 4, 6)),
         32: (Tile(32, 128, 4, 4), Tile(16, 128, 4, 5)),
-        64: (Tile(64, 64, 4, 4), Tile(32, 64, 4, 5)),
+        64: (Tile(64, 64, 8, 4), Tile(32, 64, 4, 5)),
     },
     32: {
-        1: (Tile(16, 256, 4, 3), Tile(8, 256, 4, 4)),
+        1: (Tile(16, 128, 4, 5), Tile(8, 256, 4, 4)),
         16: (Tile(32, 64, 4, 4), Tile(16, 64, 4, 5)),
-        32: (Tile(32, 64, 4, 4), Tile(16, 64, 4, 5)),
+        32: (Tile(32, 32, 4, 5), Tile(16, 64, 4, 5)),
         64: (Tile(64, 32, 4, 4), Tile(32, 32, 4, 4)),
     },
 }
@@ -121,14 +123,14 @@ DECODE: dict[int, dict[int, tuple[Tile, Tile]]] = {
 _WIDE = PrefillTile(128, 256, 64, 8, 3, 0.75)
 _SQUARE = PrefillTile(128, 128, 64, 4, 3, 0.65)
 _SMALL = PrefillTile(64, 64, 64, 4, 4, 0.4)
-_FLOAT32 = (PrefillTile(64, 128, 32, 4, 3, 0.6), PrefillTile(64, 64, 32, 4, 3, 0.4))
+_FLOAT32 = (PrefillTile(64, 128, 32, 8, 3, 0.6), PrefillTile(64, 64, 32, 4, 3, 0.4))
 
 # Family, then bits per number.
 PREFILL: dict[str, dict[int, tuple[PrefillTile, ...]]] = {
     "sm_80": {16: (_WIDE, PrefillTile(128, 128, 32, 4, 4, 0.65), _SMALL), 32: _FLOAT32},
     "sm_89": {16: (PrefillTile(128, 128, 32, 4, 4, 0.65), _SMALL), 32: _FLOAT32},
     "sm_90": {16: (_WIDE, _SQUARE, _SMALL), 32: _FLOAT32},
-    "sm_100": {16: (_WIDE, _SQUARE, _SMALL), 32: _FLOAT32},
+    "sm_100": {16: (_WIDE, _SQUARE, PrefillTile(128, 64, 64, 4, 4, 0.4)), 32: _FLOAT32},
     "hip": {
         16: (PrefillTile(128, 128, 64, 8, 2, 0.65), PrefillTile(64, 64, 64, 4, 2, 0.4)),
         32: (PrefillTile(64, 64, 32, 4, 2, 0.4),),
@@ -155,12 +157,11 @@ def plan_decode(
     pivots = sum(ranks)
     first = large if triton.cdiv(pivots, large.rows) >= device.multiprocessors else small
     second = large if count_tiles(ranks, out_features, large.rows) >= device.multiprocessors else small
-    # Every program of the second launch reads all partials of its shard. That is little beside its weights for one
-    # token; for more it soon costs more than idle multiprocessors do, so half of them are enough then.
+    # For the same reason half of the multiprocessors are enough for several tokens.
     wanted = device.multiprocessors if block_tokens == 1 else device.multiprocessors // 2
     splits = 1
     while (
-        splits < _MAX_SPLITS
+        splits < MAX_SPLITS[block_tokens]
         and triton.cdiv(pivots, first.rows) * splits < wanted
         and triton.cdiv(n, first.k) > 2 * splits
     ):

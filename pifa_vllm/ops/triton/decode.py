@@ -2,9 +2,9 @@
 
 Two launches for all shards together, each of which reads its weights once:
 
-1. `_pivot_kernel`: y_p = x W_pᵀ into scratch. Where the pivot rows are too few to fill the device, n is split, and
+1. `pivot_kernel`: y_p = x W_pᵀ into scratch. Where the pivot rows are too few to fill the device, n is split, and
    each split leaves a float32 partial sum.
-2. `_output_kernel`: sums the partials while loading them, multiplies by the coefficients, adds the bias, and writes
+2. `output_kernel`: sums the partials while loading them, multiplies by the coefficients, adds the bias, and writes
    every output once, in its column; some programs only copy y_p to the columns of the pivot rows.
 
 There are no atomics and nothing to zero, and the order of every sum is fixed: equal inputs give equal bits. On
@@ -21,6 +21,8 @@ In plain PyTorch:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -53,28 +55,14 @@ def decode(
     splits = plan.splits
     # A sum that is complete is rounded at once, as it would be before the second product.
     partials = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
-    first, second = plan.pivots, plan.outputs
     if pivots:
-        _pivot_kernel[(triton.cdiv(pivots, first.rows), splits)](
-            x,
-            pivot_weight,
-            partials,
-            tokens,
-            pivots,
-            n,
-            triton.cdiv(triton.cdiv(n, first.k), splits),
-            BLOCK_T=plan.block_tokens,
-            BLOCK_M=first.rows,
-            BLOCK_K=first.k,
-            STAGES=first.stages,
-            PRECISION=plan.precision,
-            OVERLAP=plan.overlap,
-            num_warps=first.warps,
-            enable_fp_fusion=True,
-        )
-    tiles = count_tiles(ranks, out_features, second.rows)
-    overlap = plan.overlap and pivots > 0
-    _output_kernel[(tiles + triton.cdiv(pivots, plan.copied),)](
+        grid = (triton.cdiv(pivots, plan.pivots.rows), splits)
+        steps = triton.cdiv(triton.cdiv(n, plan.pivots.k), splits)
+        pivot_kernel[grid](x, pivot_weight, partials, tokens, pivots, n, steps, **pivot_options(plan))
+    tiles = count_tiles(ranks, out_features, plan.outputs.rows)
+    # Without a first launch there is nothing to overlap with.
+    options = output_options(plan if pivots else replace(plan, overlap=False))
+    output_kernel[(tiles + triton.cdiv(pivots, plan.copied),)](
         partials,
         coefficients,
         out_rows,
@@ -86,24 +74,49 @@ def decode(
         tuple(ranks),
         tuple(out_features),
         y.shape[1],
-        SPLITS=splits,
-        BLOCK_T=plan.block_tokens,
-        BLOCK_M=second.rows,
-        BLOCK_K=second.k,
-        BLOCK_P=plan.copied,
-        STAGES=second.stages,
-        PRECISION=plan.precision,
-        OVERLAP=overlap,
-        THREADS=32 * second.warps,
-        num_warps=second.warps,
-        enable_fp_fusion=True,
-        **({"launch_pdl": True} if overlap else {}),
+        **options,
     )
     return y
 
 
+def pivot_options(plan: DecodePlan) -> dict[str, Any]:
+    """What `pivot_kernel` is compiled for."""
+    tile = plan.pivots
+    return {
+        "BLOCK_T": plan.block_tokens,
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.k,
+        "STAGES": tile.stages,
+        "PRECISION": plan.precision,
+        "OVERLAP": plan.overlap,
+        "num_warps": tile.warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def output_options(plan: DecodePlan) -> dict[str, Any]:
+    """What `output_kernel` is compiled for."""
+    tile = plan.outputs
+    return {
+        "SPLITS": plan.splits,
+        "BLOCK_T": plan.block_tokens,
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.k,
+        "BLOCK_P": plan.copied,
+        # Each split of a product for several tokens takes a buffer of its own per stage.
+        "STAGES": tile.stages if plan.splits == 1 or plan.block_tokens == 1 else 3,
+        "PRECISION": plan.precision,
+        "OVERLAP": plan.overlap,
+        "THREADS": 32 * tile.warps,
+        "num_warps": tile.warps,
+        "enable_fp_fusion": True,
+        # Only NVIDIA's backend knows this option.
+        **({"launch_pdl": True} if plan.overlap else {}),
+    }
+
+
 @triton.jit(do_not_specialize=["tokens", "steps"])
-def _pivot_kernel(
+def pivot_kernel(
     x: tl.tensor,  # [tokens, n]
     pivot_weight: tl.tensor,  # [pivots, n]
     partials: tl.tensor,  # [splits, tokens, pivots]
@@ -118,6 +131,7 @@ def _pivot_kernel(
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
+    """Leave a split's sum over its part of n of x W_pᵀ, float32 or, if it is the only one, in the dtype of x."""
     if OVERLAP:
         # The dependent programs may take the room that this kernel leaves; they wait for its end themselves.
         gdc_launch_dependents()
@@ -143,7 +157,7 @@ def _pivot_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
-def _output_kernel(
+def output_kernel(
     partials: tl.tensor,  # [SPLITS, tokens, pivots]
     coefficients: tl.tensor,  # the shards' [m_i - r_i, r_i], flat
     out_rows: tl.tensor,  # int32 [columns]
@@ -152,8 +166,8 @@ def _output_kernel(
     tokens: tl.tensor,
     pivots: tl.tensor,
     tiles: tl.tensor,  # programs that multiply; the others copy pivot outputs
-    ranks: tl.tuple,  # tuple
-    out_features: tl.tuple,  # tuple
+    ranks: tl.tuple,
+    out_features: tl.tuple,
     columns: tl.tensor,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -165,6 +179,7 @@ def _output_kernel(
     OVERLAP: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
+    """Write y for a tile of remaining rows of one shard, or copy y_p for a tile of pivot rows."""
     tile = tl.program_id(0)
     token = tl.arange(0, BLOCK_T)
     if tile < tiles:

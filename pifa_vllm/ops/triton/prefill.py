@@ -1,7 +1,7 @@
 """The PIFA linear layer for many tokens (prefill), which is bound by arithmetic: tiles on tensor cores.
 
-Two launches for all shards together. `_pivot_kernel` computes y_p = x W_pᵀ, keeps it in scratch and writes it to
-the columns of the pivot rows; `_output_kernel` multiplies it by each shard's coefficients and writes the other
+Two launches for all shards together. `pivot_kernel` computes y_p = x W_pᵀ, keeps it in scratch and writes it to
+the columns of the pivot rows; `output_kernel` multiplies it by each shard's coefficients and writes the other
 columns. y is written once and y_p never gathered. Ranks need no padding: the last tile of a depth is masked.
 
 In plain PyTorch:
@@ -14,12 +14,13 @@ In plain PyTorch:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pifa_vllm.ops.triton.configs import PrefillPlan
+from pifa_vllm.ops.triton.configs import PrefillPlan, PrefillTile
 from pifa_vllm.ops.triton.shards import count_tiles, locate
 
 # Programs that run beside each other share this many tiles of tokens, so that their weights come from L2.
@@ -47,7 +48,7 @@ def prefill(
     y_p = x.new_empty(tokens, pivots)
     first, second = plan.pivots, plan.outputs
     if pivots:
-        _pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens),)](
+        pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens),)](
             x,
             pivot_weight,
             y_p,
@@ -58,18 +59,11 @@ def prefill(
             pivots,
             n,
             y.shape[1],
-            BLOCK_T=first.tokens,
-            BLOCK_M=first.rows,
-            BLOCK_K=first.k,
-            GROUP=_GROUP,
-            PRECISION=plan.precision,
-            num_warps=first.warps,
-            enable_fp_fusion=True,
-            num_stages=first.stages,
+            **options(plan.pivots, plan.precision),
         )
     tiles = count_tiles(ranks, out_features, second.rows)
     if tiles:
-        _output_kernel[(tiles * triton.cdiv(tokens, second.tokens),)](
+        output_kernel[(tiles * triton.cdiv(tokens, second.tokens),)](
             y_p,
             coefficients,
             out_rows,
@@ -81,20 +75,27 @@ def prefill(
             tuple(ranks),
             tuple(out_features),
             y.shape[1],
-            BLOCK_T=second.tokens,
-            BLOCK_M=second.rows,
-            BLOCK_K=second.k,
-            GROUP=_GROUP,
-            PRECISION=plan.precision,
-            num_warps=second.warps,
-            enable_fp_fusion=True,
-            num_stages=second.stages,
+            **options(plan.outputs, plan.precision),
         )
     return y
 
 
+def options(tile: PrefillTile, precision: str) -> dict[str, Any]:
+    """What either kernel is compiled for."""
+    return {
+        "BLOCK_T": tile.tokens,
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.k,
+        "GROUP": _GROUP,
+        "PRECISION": precision,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def _pivot_kernel(
+def pivot_kernel(
     x: tl.tensor,  # [tokens, n]
     pivot_weight: tl.tensor,  # [pivots, n]
     y_p: tl.tensor,  # [tokens, pivots]
@@ -111,6 +112,7 @@ def _pivot_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
+    """Write a tile of y_p = x W_pᵀ to scratch, and to the columns of the pivot rows."""
     tile, token_tile = _order(tl.cdiv(pivots, BLOCK_M), tl.cdiv(tokens, BLOCK_T), GROUP)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,7 +125,7 @@ def _pivot_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
-def _output_kernel(
+def output_kernel(
     y_p: tl.tensor,  # [tokens, pivots]
     coefficients: tl.tensor,  # the shards' [m_i - r_i, r_i], flat
     out_rows: tl.tensor,  # int32 [columns]
@@ -132,8 +134,8 @@ def _output_kernel(
     tokens: tl.tensor,
     pivots: tl.tensor,
     tiles: tl.tensor,
-    ranks: tl.tuple,  # tuple
-    out_features: tl.tuple,  # tuple
+    ranks: tl.tuple,
+    out_features: tl.tuple,
     columns: tl.tensor,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -141,6 +143,7 @@ def _output_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
+    """Write y for a tile of remaining rows of one shard: y_p Cᵀ in their columns."""
     tile, token_tile = _order(tiles, tl.cdiv(tokens, BLOCK_T), GROUP)
     first, rows, rank, pivot, stacked, offset = locate(tile, ranks, out_features, BLOCK_M)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
