@@ -116,18 +116,6 @@ def remaining_rows(pivot_rows: Tensor, m: int) -> Tensor:
     return keep.nonzero().squeeze(1)
 
 
-def output_order(pivot_rows: Tensor, m: int) -> Tensor:
-    """Map each output row to its place in the stacked [pivot rows; remaining rows], int64 [m].
-
-    `torch.cat([y_p, y_np], -1)[..., output_order(...)]` is the full output.
-    """
-    order = torch.empty(m, dtype=torch.int64, device=pivot_rows.device)
-    rank = pivot_rows.numel()
-    order[pivot_rows.long()] = torch.arange(rank, device=pivot_rows.device)
-    order[remaining_rows(pivot_rows, m)] = torch.arange(rank, m, device=pivot_rows.device)
-    return order
-
-
 def factorize(u: Tensor, v: Tensor, *, pivoting: Pivoting = "lu", max_coefficient: float = 1.05) -> PIFA:
     """Bring W = U V into pivoting form without ever forming W.
 

@@ -18,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pifa_vllm.checkpoint import Checkpoint, ModuleEntry, PIFAConfig, Shards, check_finite, check_pivot_rows
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.factorization import PIFA
-from pifa_vllm.ops import pifa_linear, stacked_order
+from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops.cpu import load
 
 if TYPE_CHECKING:
     # Not at run time: this module is imported while transformers.modeling_utils is still being executed.
@@ -33,7 +34,7 @@ class PIFALinear(nn.Module):
         coefficients: parameter [m - r, r].
         pivot_rows: int32 buffer [r].
         bias: parameter [m] or None.
-        out_order: int64 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
+        out_rows: int32 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
     """
 
     def __init__(
@@ -53,25 +54,29 @@ class PIFALinear(nn.Module):
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, **kind))
         self.bias = nn.Parameter(torch.empty(out_features, **kind)) if bias else None
         self.pivot_rows: Tensor
-        self.out_order: Tensor
+        self.out_rows: Tensor
         self.register_buffer("pivot_rows", torch.empty(rank, device=device, dtype=torch.int32))
-        order = torch.empty(out_features, device=device, dtype=torch.int64)
-        self.register_buffer("out_order", order, persistent=False)
-        # Other pivot rows with the old order would give wrong outputs without a word.
+        rows = torch.empty(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("out_rows", rows, persistent=False)
+        # Other pivot rows with the old outputs would give wrong outputs without a word.
         self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
 
     def finish_loading(self, source: str) -> None:
-        """Check the pivot rows and derive the order of the outputs from them.
+        """Check the pivot rows and derive the rows of the outputs from them.
 
         Raises:
             CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
         """
         check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
-        self.out_order = stacked_order([self.pivot_rows], [self.out_features])
+        self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
+        if self.out_rows.device.type == "cpu":
+            load()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m], in the dtype of the factors."""
-        return pifa_linear(x, self.pivot_weight, self.coefficients, self.out_order, self.bias)
+        ranks, out_features = [self.rank], [self.out_features]
+        coefficients = self.coefficients.flatten()
+        return pifa_linear(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
 
     def dense(self) -> nn.Linear:
         """Rebuild the ordinary layer, multiplied in float64 and rounded to the dtype of the factors."""

@@ -16,10 +16,8 @@ from pifa_vllm.factorization import (
     factorize_dense,
     lowrank_parameters,
     lowrank_rank,
-    output_order,
     pifa_parameters,
     pifa_rank,
-    remaining_rows,
 )
 
 quick = settings(max_examples=50, deadline=None)
@@ -230,12 +228,3 @@ def test_impossible_densities_are_refused(density: float) -> None:
     for rank_of in (pifa_rank, lowrank_rank):
         with pytest.raises(ValueError, match="density must be in"):
             rank_of(8, 8, density)
-
-
-@quick
-@given(st.integers(1, 30), st.data())
-def test_output_order_undoes_the_stacking(m: int, data: st.DataObject) -> None:
-    rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, m - 1)))), dtype=torch.int32)
-    full = torch.arange(m)
-    stacked = torch.cat([full[rows.long()], full[remaining_rows(rows, m)]])
-    assert torch.equal(stacked[output_order(rows, m)], full)

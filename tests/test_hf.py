@@ -87,7 +87,7 @@ def test_dtypes_reach_the_factors(twins: Twins, dtype: torch.dtype, bound: float
     for layer in pifa_layers(model).values():
         assert layer.pivot_weight.dtype == layer.coefficients.dtype == dtype
         assert layer.pivot_rows.dtype == torch.int32
-        assert layer.out_order.dtype == torch.int64
+        assert layer.out_rows.dtype == torch.int32
     expected = logits(load(twins.dense))
     assert float((logits(model) - expected).norm() / expected.norm()) < bound
 

@@ -1,6 +1,5 @@
-"""The PIFA linear layer: `pifa_linear`, the order of its outputs, and its last step by itself."""
+"""The PIFA linear layer: one op, `pifa::linear`, with kernels for CPUs and GPUs."""
 
-from pifa_vllm.ops.assemble import assemble
-from pifa_vllm.ops.linear import pifa_linear, stacked_order
+from pifa_vllm.ops.linear import pifa_linear, stacked_rows
 
-__all__ = ["assemble", "pifa_linear", "stacked_order"]
+__all__ = ["pifa_linear", "stacked_rows"]

@@ -1,4 +1,4 @@
-"""The front door of the PIFA linear layer: one call for every device and number of tokens."""
+"""The front door of the PIFA linear layer: one op for every device and number of tokens."""
 
 from __future__ import annotations
 
@@ -8,58 +8,165 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pifa_vllm.factorization import output_order
-from pifa_vllm.ops.assemble import assemble
+from pifa_vllm.factorization import remaining_rows
+from pifa_vllm.ops.reference import pifa_linear_reference
 
 
 def pifa_linear(
     x: Tensor,
     pivot_weight: Tensor,
-    coefficients: Tensor | Sequence[Tensor],
-    out_order: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x Wᵀ + b for matrices in pivoting form (arXiv 2501.19090, section 3).
 
-    W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Nothing is
-    checked here, since this runs for every layer and token: check a checkpoint when it is loaded.
+    W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Shapes,
+    dtypes and devices are checked on every call; that the rows of `out_rows` are a permutation is for whoever
+    loads them to check (`checkpoint.check_pivot_rows`).
 
     Args:
-        x: [..., n], float32, bfloat16 or float16.
+        x: [..., n], float32, bfloat16 or float16; any strides.
         pivot_weight: [Σr, n], the pivot rows of all matrices, stacked, in the dtype of x.
-        coefficients: [m_i - r_i, r_i] per matrix, where r_i may be 0 or m_i; one tensor stands for a
-            sequence of one.
-        out_order: int64 [Σm], the place of each output row in the stacked
-            [all pivot rows; remaining rows of matrix 0; of matrix 1; ...] (see `stacked_order`).
+        coefficients: [Σ (m_i - r_i) r_i], the matrices [m_i - r_i, r_i] one after another; r_i may be 0 or m_i.
+        out_rows: int32 [Σm], the output column of each stacked row, where the stack is
+            [all pivot rows; remaining rows of matrix 0; of matrix 1; ...] (see `stacked_rows`). None leaves the
+            outputs in that order, as a dense matrix (r = m) needs it.
+        ranks: r_i.
+        out_features: m_i.
         bias: [Σm] in output order, or None.
 
     Returns:
-        [..., Σm] in the dtype of x.
+        [..., Σm] in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: if an argument has a shape, dtype, device or layout that does not fit the others.
     """
-    if isinstance(coefficients, Tensor):
-        coefficients = (coefficients,)
-    y_p = linear(x, pivot_weight)  # [..., Σr]
-    pivots = torch.split(y_p, [c.shape[1] for c in coefficients], dim=-1)
-    # A matrix that is all pivot rows has none remaining.
-    y_np = [linear(y, c) for y, c in zip(pivots, coefficients, strict=True) if c.shape[0] > 0]
-    return assemble(y_p, y_np, out_order, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or pivot_weight.requires_grad):
+        # The kernels have no backward pass; training and torch.func take the torch ops.
+        return pifa_linear_reference(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    y: Tensor = torch.ops.pifa.linear(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    return y
 
 
-def stacked_order(pivot_rows: Sequence[Tensor], out_features: Sequence[int]) -> Tensor:
-    """Map each output row of several stacked matrices to its place in [all pivot rows; remaining rows, ...].
+def stacked_rows(pivot_rows: Sequence[Tensor], out_features: Sequence[int]) -> Tensor:
+    """List the output column of each row of [all pivot rows; remaining rows of matrix 0; of matrix 1; ...].
 
     Args:
         pivot_rows: integer [r_i] per matrix, strictly increasing rows of that matrix.
         out_features: m_i per matrix.
 
     Returns:
-        int64 [Σm]. For one matrix it is `factorization.output_order`.
+        int32 [Σm].
     """
-    pivots_before, rest_before = 0, sum(rows.numel() for rows in pivot_rows)
-    orders = []
-    for rows, m in zip(pivot_rows, out_features, strict=True):
-        order, rank = output_order(rows, m), rows.numel()
-        orders.append(torch.where(order < rank, order + pivots_before, order - rank + rest_before))
-        pivots_before += rank
-        rest_before += m - rank
-    return torch.cat(orders)
+    offsets = [sum(out_features[:i]) for i in range(len(out_features))]
+    pivots = [rows.long() + offset for rows, offset in zip(pivot_rows, offsets, strict=True)]
+    rest = [remaining_rows(r, m) + o for r, m, o in zip(pivot_rows, out_features, offsets, strict=True)]
+    return torch.cat([*pivots, *rest]).to(torch.int32)
+
+
+def check_arguments(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+) -> None:
+    """Check what a kernel takes for granted, before it launches anything.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was found.
+    """
+    if len(ranks) != len(out_features):
+        raise ValueError(
+            f"pifa::linear: expected as many ranks as out_features, found {len(ranks)} and {len(out_features)}."
+        )
+    for i, (r, m) in enumerate(zip(ranks, out_features, strict=True)):
+        if not 0 <= r <= m:
+            raise ValueError(f"pifa::linear: ranks[{i}]: expected 0 to {m}, found {r}.")
+    numbers = sum((m - r) * r for r, m in zip(ranks, out_features, strict=True))
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
+        "pivot_weight": (pivot_weight, (sum(ranks), x.shape[-1]), x.dtype),
+        "coefficients": (coefficients, (numbers,), x.dtype),
+        "out_rows": (out_rows, (sum(out_features),), torch.int32),
+        "bias": (bias, (sum(out_features),), x.dtype),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise ValueError(f"pifa::linear: {name}: expected {dtype}, found {tensor.dtype}.")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"pifa::linear: {name}: expected shape {list(shape)}, found {list(tensor.shape)}."
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"pifa::linear: {name}: expected on {x.device} like x, found {tensor.device}.")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"pifa::linear: {name}: expected a contiguous tensor, found strides {tensor.stride()}."
+            )
+
+
+def _checked_reference(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+) -> Tensor:
+    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    return pifa_linear_reference(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+
+
+def _cuda(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+) -> Tensor:
+    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    if out_rows is None and coefficients.numel() == 0:
+        return linear(x, pivot_weight, bias)  # a dense matrix
+    if out_rows is None:
+        raise ValueError("pifa::linear: out_rows: expected on GPUs wherever a rank is below m, found None.")
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, n]
+    if flat.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], out_rows.shape[0]))
+    # Not at the top: Triton is imported where a GPU is used.
+    from pifa_vllm.ops.triton import linear_cuda
+
+    y = linear_cuda(flat, pivot_weight, coefficients, out_rows, list(ranks), list(out_features), bias)
+    return y.view(*x.shape[:-1], out_rows.shape[0])
+
+
+def _fake(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(out_features)))
+
+
+_library = torch.library.Library("pifa", "DEF")  # type: ignore[no-untyped-call]  # torch has no annotations here
+_library.define(  # type: ignore[no-untyped-call]
+    "linear(Tensor x, Tensor pivot_weight, Tensor coefficients, Tensor? out_rows, int[] ranks, "
+    "int[] out_features, Tensor? bias) -> Tensor"
+)
+# The native CPU kernel (`pifa_vllm.ops.cpu`) takes precedence over this one from the moment it is loaded.
+_library.impl("linear", _checked_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("linear", _cuda, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("pifa::linear", _fake, lib=_library)

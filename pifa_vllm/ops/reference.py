@@ -1,4 +1,4 @@
-"""The PIFA linear layer in plain torch: what every other implementation is compared with."""
+"""The PIFA linear layer in plain torch: what every kernel is compared with, and what runs where none fits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.nn.functional import linear
 def pifa_linear_reference(
     x: Tensor,
     pivot_weight: Tensor,
-    coefficients: Sequence[Tensor],
-    out_order: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x Wᵀ + b for matrices in pivoting form (arXiv 2501.19090, section 3).
@@ -21,7 +23,14 @@ def pifa_linear_reference(
     The shapes and the meaning of the arguments are those of `pifa_vllm.ops.pifa_linear`.
     """
     y_p = linear(x, pivot_weight)  # [..., Σr]
-    pivots = torch.split(y_p, [c.shape[1] for c in coefficients], dim=-1)
-    y_np = [linear(y, c) for y, c in zip(pivots, coefficients, strict=True)]  # [..., m_i - r_i] each
-    y = torch.cat([y_p, *y_np], dim=-1)[..., out_order]  # [..., Σm]
+    shapes = [(m - r, r) for r, m in zip(ranks, out_features, strict=True)]
+    matrices = torch.split(coefficients, [rest * r for rest, r in shapes])
+    pivots = torch.split(y_p, list(ranks), dim=-1)
+    y_np = [
+        linear(y, c.view(s)) for y, c, s in zip(pivots, matrices, shapes, strict=True)
+    ]  # [..., m_i - r_i]
+    stacked = torch.cat([y_p, *y_np], dim=-1)  # [..., Σm]
+    y = stacked
+    if out_rows is not None:
+        y = torch.zeros_like(stacked).index_copy(-1, out_rows.long(), stacked)
     return y if bias is None else y + bias

@@ -99,17 +99,22 @@ class PIFAQuantizationConfig(QuantizationConfig):
             CheckpointError: if a local checkpoint lacks one of the layer's tensors.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.platforms import current_platform
 
+        from pifa_vllm.plugin.dense import StreamedEmbeddingMethod, StreamedLinearMethod
         from pifa_vllm.plugin.linear import PIFALinearMethod, Shard
 
+        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
+            return StreamedEmbeddingMethod()
         if not isinstance(layer, LinearBase):
-            # None gives embeddings, lm_head and attention the method that they have in a dense model.
+            # None gives embeddings and attention the method that they have in a dense model.
             return None
         shards = [Shard(name, self.ranks.get(name)) for name in self._shard_names(prefix)]
         self._matched.update(shard.name for shard in shards)
         self._check_tensors(shards, layer.has_bias)
         if all(shard.rank is None for shard in shards):
-            return UnquantizedLinearMethod()
+            return StreamedLinearMethod() if current_platform.is_cpu() else UnquantizedLinearMethod()
         return PIFALinearMethod(self, shards)
 
     def check_all_matched(self) -> None:

@@ -15,8 +15,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from pifa_vllm.checkpoint import check_finite, check_pivot_rows
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
-from pifa_vllm.ops import pifa_linear, stacked_order
-from pifa_vllm.plugin.cpu import PackedFactors
+from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops.cpu import load
 
 if TYPE_CHECKING:
     from pifa_vllm.plugin.config import PIFAQuantizationConfig
@@ -68,16 +68,15 @@ class PIFALinearMethod(LinearMethodBase):
         pivot_weight   [Σr, n]
         coefficients   [Σ (m - r) r], the shards' matrices one after another
         pivot_rows     int32 [Σr over the compressed shards], row numbers within each shard
-        out_order      int64 [Σm], built from pivot_rows when all are loaded (`ops.stacked_order`)
+        out_rows       int32 [Σm], built from pivot_rows when all are loaded (`ops.stacked_rows`)
         weight         [0], which receives the rows of dense shards; LoRA takes device and dtype from it
 
-    On the CPU the first two are emptied after loading, and their contents live in `packed`.
+    All kernels read the factors as the checkpoint has them, so there is nothing to prepack.
     """
 
     def __init__(self, config: PIFAQuantizationConfig, shards: list[Shard]) -> None:
         self.config = config
         self.shards = shards
-        self.packed: PackedFactors | None = None
 
     def create_weights(
         self,
@@ -120,7 +119,7 @@ class PIFALinearMethod(LinearMethodBase):
                 sum(math.prod(s.coefficients) for s in self.shards), dtype=params_dtype
             ),
             "pivot_rows": torch.empty(sum(s.rank or 0 for s in self.shards), dtype=torch.int32),
-            "out_order": torch.empty(sum(output_partition_sizes), dtype=torch.int64),
+            "out_rows": torch.empty(sum(output_partition_sizes), dtype=torch.int32),
             "weight": torch.empty(0, dtype=params_dtype),
         }
         for suffix, data in parameters.items():
@@ -129,10 +128,10 @@ class PIFALinearMethod(LinearMethodBase):
             # layers; the numel is what it waits for before it processes a layer again.
             set_weight_attrs(parameter, {"suffix": suffix, "weight_loader": MethodType(_load_shard, layer)})
             layer.register_parameter(suffix, parameter)
-        set_weight_attrs(layer.out_order, {"weight_loader_numel": 0})
+        set_weight_attrs(layer.out_rows, {"weight_loader_numel": 0})
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Check what was loaded, then build the order of the outputs.
+        """Check what was loaded, then build the rows of the outputs.
 
         Raises:
             CheckpointError: naming layer, tensor, expected and found.
@@ -155,19 +154,16 @@ class PIFALinearMethod(LinearMethodBase):
         for i, shard in enumerate(self.shards):
             if shard.rank is None:
                 rows[i] = torch.arange(shard.m, device=rows[i].device)
-        layer.out_order.copy_(stacked_order(rows, [shard.m for shard in self.shards]))
-
-        if layer.pivot_weight.device.type == "cpu":
-            self.packed = PackedFactors(layer.pivot_weight.data, [c.data for c in coefficients])
-            for parameter in (layer.pivot_weight, layer.coefficients):
-                parameter.data = parameter.data.new_empty(0)
+        layer.out_rows.copy_(stacked_rows(rows, [shard.m for shard in self.shards]))
+        if layer.out_rows.device.type == "cpu":
+            load()
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., n] to [..., Σm]."""
-        if self.packed is not None:
-            return self.packed.linear(x, layer.out_order, bias)
-        coefficients = self.split("coefficients", layer.coefficients)
-        return pifa_linear(x, layer.pivot_weight, coefficients, layer.out_order, bias)
+        ranks, out_features = [s.pivots for s in self.shards], [s.m for s in self.shards]
+        return pifa_linear(
+            x, layer.pivot_weight, layer.coefficients, layer.out_rows, ranks, out_features, bias
+        )
 
     def split(self, suffix: str, stacked: Tensor) -> list[Tensor]:
         """View a parameter as one tensor per shard."""

@@ -1,4 +1,4 @@
-"""The PIFA linear layer against the dense matrices that it stands for."""
+"""The op, whichever kernel runs it, against the dense matrices that its factors stand for."""
 
 import pytest
 import torch
@@ -6,43 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pifa_vllm.factorization import PIFA, output_order
-from pifa_vllm.ops import pifa_linear, stacked_order
+from pifa_vllm.factorization import remaining_rows
+from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops.linear import check_arguments
 from pifa_vllm.ops.reference import pifa_linear_reference
-
-# Relative to the largest output; the reference is float64 on the rounded factors.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-def random_factors(m, n, rank, generator, dtype=torch.float32):
-    rows = torch.randperm(m, generator=generator)[:rank].sort().values.to(torch.int32)
-    pivot_weight = torch.randn(rank, n, generator=generator) / n**0.5
-    coefficients = torch.rand(m - rank, rank, generator=generator) * 2 - 1
-    return PIFA(pivot_weight.to(dtype), coefficients.to(dtype), rows)
-
-
-def arguments(shards):
-    return (
-        torch.cat([s.pivot_weight for s in shards]),
-        [s.coefficients for s in shards],
-        stacked_order([s.pivot_rows for s in shards], [s.shape[0] for s in shards]),
-    )
-
-
-def dense(shards, x, bias):
-    weight = torch.cat(
-        [PIFA(s.pivot_weight.double(), s.coefficients.double(), s.pivot_rows).dense() for s in shards]
-    )
-    y = x.double() @ weight.T
-    return y if bias is None else y + bias.double()
-
-
-def check(actual, expected, dtype):
-    assert actual.dtype == dtype
-    assert actual.shape == expected.shape
-    if expected.numel():
-        error = (actual.double() - expected).abs().max()
-        assert error <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1.0)
+from tests.ops.factors import TOLERANCE, Layer, check
 
 
 @settings(max_examples=50, deadline=None)
@@ -55,72 +23,94 @@ def check(actual, expected, dtype):
     seed=st.integers(0, 2**31),
 )
 def test_equals_the_dense_product(shapes, n, leading, with_bias, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
     # Ranks 0 and m are among them.
-    shards = [random_factors(m, n, round(share * m), generator, dtype) for m, share in shapes]
-    x = torch.randn(*leading, n, generator=generator).to(dtype)
-    outputs = sum(s.shape[0] for s in shards)
-    bias = torch.randn(outputs, generator=generator).to(dtype) if with_bias else None
-    expected = dense(shards, x, bias)
-    check(pifa_linear(x, *arguments(shards), bias), expected, dtype)
-    check(pifa_linear_reference(x, *arguments(shards), bias), expected, dtype)
+    ranks, out_features = [round(share * m) for m, share in shapes], [m for m, _ in shapes]
+    layer = Layer.random(ranks, out_features, n, dtype, with_bias=with_bias, seed=seed)
+    x = torch.randn(*leading, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
+    check(pifa_linear_reference(x, *layer.arguments()), layer.expected(x), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 31, 32, 200])
-def test_either_side_of_the_switch_between_gathers(dtype, tokens):
-    generator = torch.Generator().manual_seed(tokens)
-    shards = [random_factors(m, 48, r, generator, dtype) for m, r in [(64, 33), (32, 32), (32, 7)]]
-    x = torch.randn(tokens, 48, generator=generator).to(dtype)
-    y = pifa_linear(x, *arguments(shards))
-    assert y.is_contiguous()
-    check(y, dense(shards, x, None), dtype)
+def test_stacked_rows_say_where_each_output_goes():
+    first, second = torch.tensor([1, 3], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    rows = stacked_rows([first, second], [5, 2])
+    assert rows.dtype == torch.int32
+    assert rows.tolist() == [1, 3, 5, 0, 2, 4, 6]
+    assert stacked_rows([first], [5]).tolist() == [*first.tolist(), *remaining_rows(first, 5).tolist()]
 
 
-def test_one_tensor_of_coefficients_is_one_matrix():
-    factors = random_factors(24, 16, 10, torch.Generator().manual_seed(0))
-    x = torch.randn(3, 16)
-    order = output_order(factors.pivot_rows, 24)
-    assert torch.equal(stacked_order([factors.pivot_rows], [24]), order)
-    check(
-        pifa_linear(x, factors.pivot_weight, factors.coefficients, order),
-        dense([factors], x, None),
-        torch.float32,
-    )
+def test_without_rows_the_outputs_stay_in_stacked_order():
+    """A dense matrix is a shard that is all pivot rows."""
+    weight, x = torch.randn(30, 17), torch.randn(3, 17)
+    y = pifa_linear(x, weight, weight.new_empty(0), None, [30], [30])
+    torch.testing.assert_close(y, x @ weight.T)
+
+
+def test_strided_inputs_are_read_as_they_are():
+    layer = Layer.random([9], [24], 16)
+    wide = torch.randn(7, 40)
+    for x in (wide[:, 3:19], wide.T[:16, :7].T, wide[::2, :16]):
+        check(pifa_linear(x, *layer.arguments()), layer.expected(x), torch.float32)
 
 
 def test_gradients_reach_factors_input_and_bias():
-    shards = [random_factors(12, 8, 5, torch.Generator().manual_seed(1))]
-    pivot_weight, coefficients, order = arguments(shards)
-    x, bias = torch.randn(4, 8), torch.zeros(12)
-    tensors = [t.double().requires_grad_() for t in (x, pivot_weight, coefficients[0], bias)]
-    assert torch.autograd.gradcheck(lambda x, w, c, b: pifa_linear(x, w, c, order, b), tensors)
+    layer = Layer.random([5], [12], 8, with_bias=True)
+    pivot_weight, coefficients, rows, ranks, outs, bias = layer.arguments()
+    tensors = [t.double().requires_grad_() for t in (torch.randn(4, 8), pivot_weight, coefficients, bias)]
+    assert torch.autograd.gradcheck(lambda x, w, c, b: pifa_linear(x, w, c, rows, ranks, outs, b), tensors)
 
 
 def test_compiles_as_one_graph_for_every_number_of_tokens():
-    shards = [random_factors(m, 16, r, torch.Generator().manual_seed(2)) for m, r in [(24, 9), (8, 8)]]
-    pivot_weight, coefficients, order = arguments(shards)
-    bias = torch.randn(32)
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def layer(x):
-        return pifa_linear(x, pivot_weight, coefficients, order, bias)
-
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    layer = Layer.random([9, 8], [24, 8], 16, with_bias=True)
+    arguments = layer.arguments()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda x: pifa_linear(x, *arguments), backend=counter, fullgraph=True)
     with torch.inference_mode():
         for tokens in (5, 1000, 31, 32, 2):
             x = torch.randn(tokens, 16)
             torch._dynamo.mark_dynamic(x, 0)
-            check(compiled(x), dense(shards, x, bias), torch.float32)
+            check(compiled(x), layer.expected(x), torch.float32)
     assert counter.frame_count == 1
 
 
 def test_compiled_training_has_gradients():
-    shards = [random_factors(12, 8, 5, torch.Generator().manual_seed(3))]
-    pivot_weight, coefficients, order = arguments(shards)
+    pivot_weight, *rest = Layer.random([5], [12], 8).arguments()
     pivot_weight.requires_grad_()
     x = torch.randn(4, 8)
-    torch.compile(pifa_linear, backend="aot_eager")(x, pivot_weight, coefficients, order).sum().backward()
+    torch.compile(pifa_linear, backend="aot_eager")(x, pivot_weight, *rest).sum().backward()
     actual, pivot_weight.grad = pivot_weight.grad, None
-    pifa_linear(x, pivot_weight, coefficients, order).sum().backward()
+    pifa_linear(x, pivot_weight, *rest).sum().backward()
     torch.testing.assert_close(actual, pivot_weight.grad)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_a_well_behaved_op(tokens, dtype):
+    arguments = Layer.random([9, 8], [24, 8], 16, dtype, with_bias=True).arguments()
+    torch.library.opcheck(torch.ops.pifa.linear, (torch.randn(tokens, 16).to(dtype), *arguments))
+
+
+def bad_arguments():
+    def change(index, value):
+        arguments = Layer.random([5], [12], 8, with_bias=True).arguments()
+        arguments[index] = value(arguments[index]) if callable(value) else value
+        return arguments
+
+    yield change(0, lambda w: w[:, :7].contiguous()), r"pivot_weight: expected shape \[5, 8\], found \[5, 7\]"
+    yield change(0, lambda w: w.bfloat16()), r"pivot_weight: expected .*[fF]loat.*, found .*[bB][fF]loat16"
+    yield change(0, lambda w: w.T.contiguous().T), "pivot_weight: expected a contiguous tensor, found strides"
+    yield change(1, lambda c: c[1:]), r"coefficients: expected shape \[35\], found \[34\]"
+    yield change(2, lambda rows: rows.long()), r"out_rows: expected .*[iI]nt.*, found .*(Long|int64)"
+    yield change(2, lambda rows: rows[1:].contiguous()), r"out_rows: expected shape \[12\], found \[11\]"
+    yield change(3, [13]), r"ranks\[0\]: expected 0 to 12, found 13"
+    yield change(3, [-1]), r"ranks\[0\]: expected 0 to 12, found -1"
+    yield change(4, [12, 3]), "expected as many ranks as out_features, found 1 and 2"
+    yield change(5, lambda b: b[1:]), r"bias: expected shape \[12\], found \[11\]"
+    yield change(5, lambda b: b.to("meta")), "bias: expected on cpu like x, found meta"
+
+
+@pytest.mark.parametrize(("arguments", "message"), list(bad_arguments()))
+def test_bad_arguments_are_named(arguments, message):
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=message):
+        check_arguments(x, *arguments)

@@ -1,0 +1,54 @@
+"""The dense layers of a PIFA checkpoint on vLLM's CPU backend: modules kept dense, and lm_head.
+
+vLLM packs a second copy of a dense weight for oneDNN. The native kernel of `pifa::linear` streams the weight as it
+is, which for the few tokens of a decoding step is faster, and it spares the copy.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Module
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from pifa_vllm.ops import pifa_linear
+from pifa_vllm.ops.cpu import load
+
+
+class StreamedLinearMethod(UnquantizedLinearMethod):
+    """A dense linear layer whose weight [m, n] stays where vLLM loaded it."""
+
+    streamed = False
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Leave the weight as it is, if the native kernel is there to read it."""
+        self.streamed = load()
+        if not self.streamed:
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply x [..., n] to [..., m]."""
+        return _dense(layer, x, bias) if self.streamed else super().apply(layer, x, bias)
+
+
+class StreamedEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An lm_head, with or without weights of its own."""
+
+    streamed = False
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Leave the weight as it is, if the native kernel is there to read it."""
+        self.streamed = load()
+        if not self.streamed:
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply x [..., n] to logits [..., m]."""
+        return _dense(layer, x, bias) if self.streamed else super().apply(layer, x, bias)
+
+
+def _dense(layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]  # modules are not annotated
+    m = weight.shape[0]
+    # A dense matrix is all pivot rows, in order.
+    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias)
