@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     add("--max-windows", type=int, default=8, help="evaluation windows (default: %(default)s)")
     quality.set_defaults(run=run, accepts_extra=True)
-    table = kinds.add_parser("table", help="print the results of bench quality as Markdown")
+    layer = kinds.add_parser("layer", help="one layer: PIFA, dense, plain low rank, the reference's forward")
+    add = layer.add_argument
+    add("--shapes", default="llama2-7b", help="model names, or sizes of square layers (default: %(default)s)")
+    add("--tokens", default="1,4,16,64,256,1024", help="(default: %(default)s)")
+    add("--density", default="0.5", help="(default: %(default)s)")
+    add("--dtype", default="float32,bfloat16", help="(default: %(default)s)")
+    add("--output", type=Path, required=True, metavar="JSON", help="results")
+    add("--plot", type=Path, metavar="SVG", help="draw the speed-ups")
+    layer.set_defaults(run=run_layer)
+    table = kinds.add_parser("table", help="print the results of bench quality or bench layer as Markdown")
     table.add_argument("results", type=Path, metavar="JSON")
     table.set_defaults(run=run_table)
 
@@ -48,13 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise PifaError(
             f"--variants: expected some of {', '.join(VARIANTS)}, found {', '.join(sorted(unknown))}."
         )
-    try:
-        densities = [float(x) for x in args.densities.split(",")]
-    except ValueError as error:
-        raise PifaError(f"--densities: expected numbers and commas, found {args.densities!r}.") from error
-    for density in densities:
-        if not 0.0 < density <= 1.0:
-            raise PifaError(f"--densities: expected numbers in (0, 1], found {density:g}.")
+    densities = _densities("--densities", args.densities)
     quality(
         args.model,
         args.text,
@@ -71,18 +75,86 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_layer(args: argparse.Namespace) -> int:
+    """Measure layers on the CPU and write."""
+    import torch
+
+    from pifa_vllm.bench.layer import ceilings, measure, to_json
+    from pifa_vllm.bench.layer_report import dispatch_table, plot, ratio_table
+    from pifa_vllm.bench.quality import describe_machine
+    from pifa_vllm.bench.shapes import SHAPES, LayerShape
+    from pifa_vllm.checkpoint.atomic import replace_text
+    from pifa_vllm.cli.compress import command_line
+    from pifa_vllm.errors import PifaError
+    from pifa_vllm.ops.cpu import load
+
+    shapes: list[LayerShape] = []
+    for name in args.shapes.split(","):
+        if name.isdecimal() and int(name) > 0:
+            shapes.append(LayerShape(f"{name} x {name}", int(name), (int(name),)))
+        elif name in SHAPES:
+            shapes += SHAPES[name]
+        else:
+            raise PifaError(f"--shapes: expected sizes or some of {', '.join(SHAPES)}, found {name!r}.")
+    densities = _densities("--density", args.density)
+    if not all(x.isdecimal() and int(x) > 0 for x in args.tokens.split(",")):
+        raise PifaError(f"--tokens: expected numbers of 1 or more and commas, found {args.tokens!r}.")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if unknown := set(args.dtype.split(",")) - set(dtypes):
+        raise PifaError(f"--dtype: expected some of {', '.join(dtypes)}, found {', '.join(sorted(unknown))}.")
+    if not load():
+        raise PifaError("bench layer measures the CPU kernel, which could not be compiled (see above).")
+
+    machine = describe_machine() | {"ceilings": ceilings()}
+    rows = []
+    for shape in shapes:
+        for density in densities:
+            for tokens in map(int, args.tokens.split(",")):
+                found = list(measure(shape, tokens, density, [dtypes[x] for x in args.dtype.split(",")]))
+                rows += found
+                times = ", ".join(f"{r.implementation} {r.dtype} {r.ms:.2f}" for r in found)
+                print(f"{shape.name}, density {density:g}, {tokens} tokens, ms: {times}", flush=True)
+    # The ceilings once more: what else the machine does may have changed.
+    machine["ceilings_after"] = ceilings()
+    results = to_json(rows, machine, command_line(sys.argv))
+    replace_text(args.output, json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+    print(*(ratio_table(results, density) for density in densities), dispatch_table(results), sep="\n\n")
+    return 0
+
+
+def _densities(option: str, text: str) -> list[float]:
+    from pifa_vllm.errors import PifaError
+
+    try:
+        densities = [float(x) for x in text.split(",")]
+    except ValueError as error:
+        raise PifaError(f"{option}: expected numbers and commas, found {text!r}.") from error
+    for density in densities:
+        if not 0.0 < density <= 1.0:
+            raise PifaError(f"{option}: expected numbers in (0, 1], found {density:g}.")
+    return densities
+
+
 def run_table(args: argparse.Namespace) -> int:
     """Print the tables."""
+    from pifa_vllm.bench.layer_report import dispatch_table, ratio_table
     from pifa_vllm.bench.table import cost_table, perplexity_table
     from pifa_vllm.checkpoint import read_json
     from pifa_vllm.errors import PifaError
 
     results = read_json(args.results)
     try:
-        tables = perplexity_table(results), cost_table(results)
-    except (KeyError, StopIteration) as error:
+        if "ms" in results["rows"][0]:
+            densities = sorted({row["density"] for row in results["rows"]})
+            tables = [*(ratio_table(results, density) for density in densities), dispatch_table(results)]
+        else:
+            tables = [perplexity_table(results), cost_table(results)]
+    except (IndexError, KeyError, StopIteration, TypeError) as error:
         raise PifaError(
-            f"{args.results}: expected the results of `pifa-vllm bench quality`, found none ({error!r})."
+            f"{args.results}: expected the results of `pifa-vllm bench quality` or `bench layer`, found none "
+            f"({error!r})."
         ) from error
     print(*tables, sep="\n\n")
     return 0
