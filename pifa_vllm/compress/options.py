@@ -78,6 +78,11 @@ class CompressOptions:
                 raise PifaError(f"--{name}: expected a number in [0, 1], found {share}.")
         if not 0.0 <= self.effective_ridge < 1e6:
             raise PifaError(f"--ridge: expected a number of 0 or more, found {self.ridge}.")
+        if self.samples < self.folds:
+            raise PifaError(
+                f"--samples: --method {self.method} judges on one part of the samples what it learns from the "
+                f"other, expected {self.folds} or more, found {self.samples}."
+            )
         if not self.max_coefficient >= 1.0:
             raise PifaError(f"--max-coefficient: expected 1 or more, found {self.max_coefficient}.")
 
@@ -125,4 +130,6 @@ class CompressOptions:
             "max_coefficient": self.max_coefficient,
             "dtype": self.dtype,
             "activation_dtype": self.activation_dtype,
+            # Chunks are what the samples are divided into folds by.
+            "chunk_tokens": self.chunk_tokens,
         }

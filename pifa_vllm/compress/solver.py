@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not re-exported
 
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compress.allocation import PARAMETERS
@@ -78,7 +79,7 @@ class LayerSolver:
 
         try:
             u, v = self._factors(weight, gram, moments, self._ranks[name])
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+        except LinAlgError as error:
             raise PifaError(
                 f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
             ) from error

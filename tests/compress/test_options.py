@@ -12,7 +12,7 @@ from pifa_vllm.compress.options import DEFAULT_RIDGE, CompressOptions
 from pifa_vllm.errors import PifaError
 
 # What may change between two attempts at the same result.
-FREE = {"model", "output", "device", "chunk_tokens"}
+FREE = {"model", "output", "device"}
 
 
 def options(**changes):
