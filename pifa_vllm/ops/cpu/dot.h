@@ -15,7 +15,6 @@ inline void dot_tile(const W* w, int64_t k, const float* x, int64_t ldx, float (
   for (int64_t i = 0; i < whole; i += kGroup<W>) {
     vfloat wide[R][kParts];
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + r * k + i + kPrefetchBytes / sizeof(W));
       expand(w + r * k + i, wide[r]);
     }
     for (int part = 0; part < kParts; ++part)
@@ -40,8 +39,9 @@ inline void dot_tile(const W* w, int64_t k, const float* x, int64_t ldx, float (
 template <typename W, int T>
 struct DotRows {
   static_assert(T <= 4);
-  // Three rows by four tokens are twelve sums: what sixteen registers hold beside the operands.
-  static constexpr int kRows = T <= 2 ? 4 : 3;
+  // Many rows are many streams from memory at once, but rows by tokens are sums, of which sixteen registers hold twelve
+  // beside the operands. The hardware's prefetchers follow these streams better alone than with prefetches from here.
+  static constexpr int kRows = T == 1 ? 8 : 12 / T;
   static constexpr int kTokens = T;
 
   // Between two tokens: whole groups, and no power of two, so that the tokens do not fall into the same sets of

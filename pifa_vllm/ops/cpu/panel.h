@@ -37,13 +37,13 @@ struct PanelRows {
   static void multiply(const W* w, int64_t k, const float* x, float* out) {
     std::fill(out, out + R * kTokens, 0.0f);
     if constexpr (std::is_same_v<W, float>) {
-      multiply_tile<R, V, true>(w, k, x, k, out);
+      multiply_tile<R, V>(w, k, x, k, out);
     } else {
       float wide[R * kBlockDepth];
       for (int64_t i = 0; i < k; i += kBlockDepth) {
         const int64_t depth = std::min(kBlockDepth, k - i);
         widen(w + i, k, R, depth, wide);
-        multiply_tile<R, V, false>(wide, kBlockDepth, x + i * kTokens, depth, out);
+        multiply_tile<R, V>(wide, kBlockDepth, x + i * kTokens, depth, out);
       }
     }
   }

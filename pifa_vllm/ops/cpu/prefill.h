@@ -5,6 +5,8 @@
 
 #include <omp.h>
 
+#include <type_traits>
+
 #include "layer.h"
 #include "tile.h"
 
@@ -13,6 +15,7 @@ namespace pifa {
 constexpr int kPanel = 2 * kLanes;    // tokens of a register tile
 constexpr int kTileRows = 6;          // weight rows of a register tile: 12 sums
 constexpr int kBlockRows = 8 * kTileRows;
+constexpr int kFewPanels = 4;
 constexpr int kBlockTokens = 16 * kPanel;
 
 // Pack x [tokens, n] into panels [n, kPanel]; missing tokens become zero.
@@ -26,16 +29,28 @@ void pack_panel(const X* x, int64_t n, int64_t tokens, int64_t begin, int64_t en
 template <typename W>
 void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldp, int64_t panels, float* block,
                     float* sums) {
+  constexpr int64_t kTileSums = kTileRows * kPanel;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  std::fill(sums, sums + tiles * panels * kTileRows * kPanel, 0.0f);
+  std::fill(sums, sums + tiles * panels * kTileSums, 0.0f);
   for (int64_t begin = 0; begin < k; begin += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, k - begin);
+    const float* const block_x = x + begin * kPanel;
+    if constexpr (std::is_same_v<W, float>) {
+      // For few panels a copy of the weights does not pay.
+      if (panels <= kFewPanels && rows % kTileRows == 0) {
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          for (int64_t p = 0; p < panels; ++p)
+            multiply_tile<kTileRows, 2>(w + tile * kTileRows * k + begin, k, block_x + p * ldp, depth,
+                                        sums + (tile * panels + p) * kTileSums);
+        continue;
+      }
+    }
+    // Rows of the last tile that do not exist keep what was there; their sums are not used.
     widen(w + begin, k, rows, depth, block);
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_tile<kTileRows, 2, false>(block + tile * kTileRows * kBlockDepth, kBlockDepth,
-                                           x + p * ldp + begin * kPanel, depth,
-                                           sums + (tile * panels + p) * kTileRows * kPanel);
+        multiply_tile<kTileRows, 2>(block + tile * kTileRows * kBlockDepth, kBlockDepth, block_x + p * ldp, depth,
+                                    sums + (tile * panels + p) * kTileSums);
   }
 }
 

@@ -10,10 +10,10 @@ constexpr int64_t kBlockDepth = 256;  // of the inner dimension: a block of acti
 inline vfloat splat(float v) { return v - vfloat{}; }
 
 // sums [R, V * kLanes] += w [R, depth] (rows ldw apart) times x [depth, V * kLanes]. Weights are broadcast from where
-// they lie. kStreamed: w comes from memory rather than from a cache, so ask for it early.
-template <int R, int V, bool kStreamed>
+// they lie.
+template <int R, int V>
 inline void multiply_tile(const float* w, int64_t ldw, const float* x, int64_t depth, float* sums) {
-  constexpr int64_t kWidth = V * kLanes, kLine = 64 / sizeof(float);
+  constexpr int64_t kWidth = V * kLanes;
   // With one vector of tokens, two sums for each row: a multiply-add has to wait for the last one's result otherwise.
   constexpr int kSums = V == 1 ? 2 : 1;
   vfloat acc[kSums][R][V];
@@ -22,17 +22,13 @@ inline void multiply_tile(const float* w, int64_t ldw, const float* x, int64_t d
       acc[0][r][v] = load(sums + r * kWidth + v * kLanes);
       if (kSums == 2) acc[kSums - 1][r][v] = vfloat{};
     }
-  const int64_t whole = depth - depth % kLine;
-  for (int64_t line = 0; line < whole; line += kLine) {
-    if (kStreamed)
-      for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * ldw + line + kPrefetchBytes / sizeof(float));
-    for (int64_t i = line; i < line + kLine; i += kSums)
-      for (int s = 0; s < kSums; ++s)
-        for (int r = 0; r < R; ++r) {
-          const vfloat wide = splat(w[r * ldw + i + s]);
-          for (int v = 0; v < V; ++v) acc[s][r][v] += wide * load(x + (i + s) * kWidth + v * kLanes);
-        }
-  }
+  const int64_t whole = depth - depth % kSums;
+  for (int64_t i = 0; i < whole; i += kSums)
+    for (int s = 0; s < kSums; ++s)
+      for (int r = 0; r < R; ++r) {
+        const vfloat wide = splat(w[r * ldw + i + s]);
+        for (int v = 0; v < V; ++v) acc[s][r][v] += wide * load(x + (i + s) * kWidth + v * kLanes);
+      }
   for (int64_t i = whole; i < depth; ++i)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) acc[0][r][v] += splat(w[r * ldw + i]) * load(x + i * kWidth + v * kLanes);
@@ -47,8 +43,6 @@ inline void multiply_tile(const float* w, int64_t ldw, const float* x, int64_t d
 template <typename W>
 inline void widen(const W* w, int64_t ldw, int64_t rows, int64_t depth, float* out) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < depth * int64_t(sizeof(W)); i += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(w + r * ldw) + i + kBlockDepth * sizeof(W));
     for (int64_t i = 0; i < depth; ++i) out[r * kBlockDepth + i] = to_float(w[r * ldw + i]);
   }
 }

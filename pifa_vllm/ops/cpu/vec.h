@@ -18,9 +18,6 @@ typedef float vfloat_unaligned __attribute__((vector_size(kLanes * 4), aligned(4
 typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vuint_unaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
-// How far ahead weights are asked for.
-constexpr int kPrefetchBytes = 1024;
-
 struct bfloat16 {
   uint16_t bits;
 };
