@@ -8,6 +8,7 @@ shared memory within the chip's limit, 128-bit loads, tensor-core instructions.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -23,10 +24,11 @@ from triton.compiler import ASTSource
 
 from pifa_vllm.checkpoint.atomic import replace_file
 from pifa_vllm.errors import PifaError
-from pifa_vllm.ops.triton import configs, decode, prefill, shards
+from pifa_vllm.ops.triton import configs, decode, partials, prefill, shards
 
 RESULTS = Path(__file__).parent / "results" / "cubins.json"
 
+_MODULES = {"decode": decode, "partials": partials, "prefill": prefill}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -95,21 +97,26 @@ def variants(family: str, dtype: str) -> Iterator[Variant]:
     """List the kernels that the tables can ask for."""
     bits = 32 if dtype == "float32" else 16
     device = configs.Device(family, 1)
+
     for tokens, tiles in configs.DECODE[bits].items():
-        for tile in tiles:
-            split = [2**i for i in range(4) if 2**i <= configs.MAX_SPLITS[tokens]]
-            for splits in split:
-                plan = configs.DecodePlan(tokens, splits, tile, tile, device.precision, device.overlap)
-                shape = (tokens, tile.rows, tile.k, splits)
-                # The first kernel only sees whether there are splits, by the dtype of its output.
-                if splits <= 2:
-                    options = decode.pivot_options(plan)
-                    yield Variant(family, dtype, "decode", "pivot_kernel", *shape, options)
+        for tile, splits in itertools.product(tiles, configs.SPLITS):
+            plan = configs.DecodePlan(tokens, splits, tile, tile, device.precision, device.overlap)
+            shape = (tokens, tile.rows, tile.k, splits)
+            # Of the splits the first kernel only sees, by the dtype of its output, whether there are any.
+            if splits <= 2:
+                yield Variant(family, dtype, "decode", "pivot_kernel", *shape, decode.pivot_options(plan))
+            if splits == 1 or plan.sums_while_loading:
                 yield Variant(family, dtype, "decode", "output_kernel", *shape, decode.output_options(plan))
     for wide in configs.PREFILL[family][bits]:
-        for kernel in ("pivot_kernel", "output_kernel"):
-            options = prefill.options(wide, device.precision)
-            yield Variant(family, dtype, "prefill", kernel, wide.tokens, wide.rows, wide.k, 1, options)
+        options = prefill.options(wide, device.precision)
+        for kernel, splits in (("pivot_kernel", 1), ("pivot_kernel", 2), ("output_kernel", 1)):
+            split = {"SPLIT": splits > 1} if kernel == "pivot_kernel" else {}
+            shape = (wide.tokens, wide.rows, wide.k, splits)
+            yield Variant(family, dtype, "prefill", kernel, *shape, options | split)
+    for splits, overlap in itertools.product(configs.SPLITS[1:], sorted({False, device.overlap})):
+        options = partials.sum_options(splits, overlap=overlap)
+        shape = (options["BLOCK_T"], options["BLOCK_P"], 1, splits)
+        yield Variant(family, dtype, "partials", "sum_kernel", *shape, options)
 
 
 def compile_variant(variant: Variant) -> Figures:
@@ -118,14 +125,9 @@ def compile_variant(variant: Variant) -> Figures:
     Raises:
         PifaError: if Triton's tools cannot read the machine code.
     """
-    kernel = getattr({"decode": decode, "prefill": prefill}[variant.module], variant.kernel)
-    constants = {name: v for name, v in variant.options.items() if name in kernel.arg_names}
     chip = CHIPS[variant.family]
-    compiled = triton.compile(
-        ASTSource(kernel, *_signature(kernel, variant, constants)),
-        target=GPUTarget("cuda", chip.arch, 32),
-        options={name: v for name, v in variant.options.items() if name not in constants},
-    )
+    source, options = source_of(getattr(_MODULES[variant.module], variant.kernel), variant)
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip.arch, 32), options=options)
     sass, usage = _disassemble(compiled.asm["cubin"])
     registers = int(usage["REG"])
     shared: int = compiled.metadata.shared
@@ -153,7 +155,7 @@ def complaints(variant: Variant, figures: Figures) -> list[str]:
         found.append(f"shared memory of {figures.shared} bytes, at most {chip.shared_per_program}")
     if not figures.loads_128:
         found.append("no 128-bit loads")
-    if variant.tokens > 1 and not figures.tensor_core:
+    if variant.module != "partials" and variant.tokens > 1 and not figures.tensor_core:
         found.append("no tensor-core instructions")
     return found
 
@@ -161,7 +163,7 @@ def complaints(variant: Variant, figures: Figures) -> list[str]:
 def source_hash() -> str:
     """Hash what the figures depend on: the kernels' source and their tables."""
     digest = hashlib.sha256()
-    for module in (configs, decode, prefill, shards):
+    for module in (configs, decode, partials, prefill, shards):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -219,14 +221,16 @@ def _name(variant: Variant) -> str:
     )
 
 
-def _signature(
-    kernel: Any, variant: Variant, constants: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """Build the signature that Triton finds at a launch for three shards whose sizes are multiples of 16."""
+def source_of(kernel: Any, variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
+    """Build what Triton compiles at a launch for three shards whose sizes are multiples of 16, and its options."""
+    constants = {name: value for name, value in variant.options.items() if name in kernel.arg_names}
+    options = {name: value for name, value in variant.options.items() if name not in constants}
     number = "*" + DTYPES[variant.dtype]
-    split = number if variant.splits == 1 else "*fp32"
-    pointers = {"partials": split, "out_rows": "*i32"}
-    pointers |= dict.fromkeys(("x", "pivot_weight", "coefficients", "bias", "y", "y_p"), number)
+    pointers = dict.fromkeys(("x", "pivot_weight", "coefficients", "bias", "y", "y_p"), number)
+    pointers |= {"partials": "*fp32", "out_rows": "*i32"}
+    # Where n was split, y_p stands for its float32 parts, except for the kernel that sums them.
+    if variant.splits > 1 and variant.module != "partials":
+        pointers["y_p"] = "*fp32"
     aligned = [["tt.divisibility", 16]]
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -240,7 +244,7 @@ def _signature(
             signature[name] = pointers.get(name, "i32")
             if name not in kernel.do_not_specialize:
                 attributes[(i,)] = aligned
-    return signature, constants, attributes
+    return ASTSource(kernel, signature, constants, attributes), options
 
 
 def _disassemble(cubin: bytes) -> tuple[str, dict[str, str]]:

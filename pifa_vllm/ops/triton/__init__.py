@@ -1,4 +1,4 @@
-"""The PIFA linear layer on GPUs, in Triton: two launches for all shards of a layer."""
+"""The PIFA linear layer on GPUs, in Triton: two or three launches for all shards of a layer."""
 
 from pifa_vllm.ops.triton.linear import linear_cuda
 

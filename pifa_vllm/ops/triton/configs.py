@@ -8,6 +8,7 @@ measurements on GPUs (`make gpu-check`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +21,12 @@ from pifa_vllm.ops.triton.shards import count_tiles
 # The last token count that the decode kernels take.
 DECODE_TOKENS = 64
 _BUCKETS = (1, 16, 32, 64)
-# Splits of n. The partial sums of several tokens soon outweigh the weights, as every program of the second launch
-# reads those of its shard; for one token they are little.
-MAX_SPLITS = {1: 8, 16: 2, 32: 1, 64: 1}
+# Splits of n in the first launch.
+SPLITS = (1, 2, 4, 8)
+# What splitting costs, in multiplications of one of an H100's multiprocessors: the launch that sums (1.5 µs), and
+# each number of each part, which is written to L2 and read again.
+_SUM_COST = 5_600_000
+_PART_COST = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """The two launches of `decode`.
+    """The launches of `decode`.
 
     Attributes:
         block_tokens: the bucket that the tokens were rounded up to.
@@ -72,6 +76,11 @@ class DecodePlan:
     outputs: Tile
     precision: str = "tf32x3"
     overlap: bool = False
+
+    @property
+    def sums_while_loading(self) -> bool:
+        """Whether the second launch sums the partials; for several tokens it would read them too often."""
+        return self.block_tokens == 1
 
     @property
     def copied(self) -> int:
@@ -96,10 +105,11 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """The two launches of `prefill`: their tiles, and the precision of float32 products."""
+    """The launches of `prefill`: their tiles, the splits of n in the first, the precision of float32 products."""
 
     pivots: PrefillTile
     outputs: PrefillTile
+    splits: int = 1
     precision: str = "tf32x3"
 
 
@@ -107,7 +117,7 @@ class PrefillPlan:
 # y_p less often from L2, fewer give more programs. All fit into the smallest shared memory, that of sm_89.
 DECODE: dict[int, dict[int, tuple[Tile, Tile]]] = {
     16: {
-        1: (Tile(16, 512, 4, 3), Tile(8, 512, 4, 4)),
+        1: (Tile(16, 512, 4, 3), Tile(8, 256, 4, 6)),
         16: (Tile(32, 128, 4, 5), Tile(16, 128, 4, 6)),
         32: (Tile(32, 128, 4, 4), Tile(16, 128, 4, 5)),
         64: (Tile(64, 64, 8, 4), Tile(32, 64, 4, 5)),
@@ -154,36 +164,46 @@ def plan_decode(
     """
     block_tokens = next(bucket for bucket in _BUCKETS if tokens <= bucket)
     large, small = DECODE[bits][block_tokens]
-    pivots = sum(ranks)
-    first = large if triton.cdiv(pivots, large.rows) >= device.multiprocessors else small
-    second = large if count_tiles(ranks, out_features, large.rows) >= device.multiprocessors else small
-    # For the same reason half of the multiprocessors are enough for several tokens.
-    wanted = device.multiprocessors if block_tokens == 1 else device.multiprocessors // 2
-    splits = 1
-    while (
-        splits < MAX_SPLITS[block_tokens]
-        and triton.cdiv(pivots, first.rows) * splits < wanted
-        and triton.cdiv(n, first.k) > 2 * splits
-    ):
-        splits *= 2
+    pivots, wanted = sum(ranks), device.multiprocessors
+    second = large if count_tiles(ranks, out_features, large.rows) >= wanted else small
+    if triton.cdiv(pivots, large.rows) >= wanted:
+        first, splits = large, 1
+    elif block_tokens == 16 and 2 * triton.cdiv(pivots, small.rows) >= wanted:
+        # A third launch costs more than the idle multiprocessors; with more tokens, reading x for small tiles does.
+        first, splits = small, 1
+    else:
+        first = small if block_tokens == 1 else large
+        enough = (
+            s
+            for s in SPLITS
+            if s * triton.cdiv(pivots, first.rows) >= wanted or 4 * s > triton.cdiv(n, first.k)
+        )
+        splits = next(enough, SPLITS[-1])
     return DecodePlan(block_tokens, splits, first, second, device.precision, device.overlap)
 
 
 def plan_prefill(
-    device: Device, bits: int, tokens: int, ranks: Sequence[int], out_features: Sequence[int]
+    device: Device, bits: int, tokens: int, n: int, ranks: Sequence[int], out_features: Sequence[int]
 ) -> PrefillPlan:
-    """Choose for each launch the tile with the least estimated time, waves · tile area / speed."""
+    """Choose for each launch the tile, and for the first the splits, with the least estimated time.
 
-    def time(tile: PrefillTile, row_tiles: int) -> float:
-        waves: int = triton.cdiv(triton.cdiv(tokens, tile.tokens) * row_tiles, device.multiprocessors)
-        return waves * tile.tokens * tile.rows / tile.speed
+    That is waves · multiplications of a tile / speed; shards that are shallower than the deepest count as deep.
+    """
+
+    def time(tile: PrefillTile, row_tiles: int, depth: int, splits: int = 1) -> float:
+        programs = triton.cdiv(tokens, tile.tokens) * row_tiles * splits
+        waves: int = triton.cdiv(programs, device.multiprocessors)
+        steps: int = triton.cdiv(triton.cdiv(depth, tile.k), splits)
+        work = waves * tile.tokens * tile.rows * steps * tile.k / tile.speed
+        return work if splits == 1 else work + _SUM_COST + _PART_COST * splits * tokens * sum(ranks)
 
     tiles = PREFILL[device.family][bits]
-    return PrefillPlan(
-        min(tiles, key=lambda tile: time(tile, triton.cdiv(sum(ranks), tile.rows))),
-        min(tiles, key=lambda tile: time(tile, count_tiles(ranks, out_features, tile.rows))),
-        device.precision,
+    first, splits = min(
+        itertools.product(tiles, SPLITS),
+        key=lambda choice: time(choice[0], triton.cdiv(sum(ranks), choice[0].rows), n, choice[1]),
     )
+    second = min(tiles, key=lambda tile: time(tile, count_tiles(ranks, out_features, tile.rows), max(ranks)))
+    return PrefillPlan(first, second, splits, device.precision)
 
 
 def _family(major: int, minor: int) -> str:

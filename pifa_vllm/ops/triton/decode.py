@@ -4,12 +4,13 @@ Two launches for all shards together, each of which reads its weights once:
 
 1. `pivot_kernel`: y_p = x W_pᵀ into scratch. Where the pivot rows are too few to fill the device, n is split, and
    each split leaves a float32 partial sum.
-2. `output_kernel`: sums the partials while loading them, multiplies by the coefficients, adds the bias, and writes
-   every output once, in its column; some programs only copy y_p to the columns of the pivot rows.
+2. `output_kernel`: multiplies y_p by the coefficients, adds the bias, and writes every output once, in its column;
+   some programs only copy y_p to the columns of the pivot rows. For one token it sums partials while loading them.
+   For several that would read them too often, and a small launch in between sums them (`partials.py`).
 
 There are no atomics and nothing to zero, and the order of every sum is fixed: equal inputs give equal bits. On
-NVIDIA GPUs from compute capability 9.0 the second kernel is launched while the first still runs (programmatic
-dependent launch): it fetches the first of its coefficients into L2 and then waits for the first kernel's end.
+NVIDIA GPUs from compute capability 9.0 a kernel is launched while the one before it still runs (programmatic
+dependent launch): it fetches the first of its coefficients into L2 and then waits for that kernel's end.
 
 In plain PyTorch:
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pifa_vllm.ops.triton.configs import DecodePlan
+from pifa_vllm.ops.triton.partials import load_sum, sum_partials
 from pifa_vllm.ops.triton.shards import count_tiles, locate
 
 
@@ -54,28 +56,32 @@ def decode(
     y = x.new_empty(tokens, sum(out_features))
     splits = plan.splits
     # A sum that is complete is rounded at once, as it would be before the second product.
-    partials = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
+    y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
     if pivots:
         grid = (triton.cdiv(pivots, plan.pivots.rows), splits)
         steps = triton.cdiv(triton.cdiv(n, plan.pivots.k), splits)
-        pivot_kernel[grid](x, pivot_weight, partials, tokens, pivots, n, steps, **pivot_options(plan))
+        pivot_kernel[grid](x, pivot_weight, y_p, tokens, pivots, n, steps, **pivot_options(plan))
+    copies = triton.cdiv(pivots, plan.copied)
+    if pivots and splits > 1 and not plan.sums_while_loading:
+        y_p, copies = sum_partials(y_p, out_rows, bias, y, overlap=plan.overlap), 0
     tiles = count_tiles(ranks, out_features, plan.outputs.rows)
-    # Without a first launch there is nothing to overlap with.
-    options = output_options(plan if pivots else replace(plan, overlap=False))
-    output_kernel[(tiles + triton.cdiv(pivots, plan.copied),)](
-        partials,
-        coefficients,
-        out_rows,
-        bias,
-        y,
-        tokens,
-        pivots,
-        tiles,
-        tuple(ranks),
-        tuple(out_features),
-        y.shape[1],
-        **options,
-    )
+    if tiles + copies:
+        # Without a first launch there is nothing to overlap with.
+        options = output_options(plan if pivots else replace(plan, overlap=False))
+        output_kernel[(tiles + copies,)](
+            y_p,
+            coefficients,
+            out_rows,
+            bias,
+            y,
+            tokens,
+            pivots,
+            tiles,
+            tuple(ranks),
+            tuple(out_features),
+            y.shape[1],
+            **options,
+        )
     return y
 
 
@@ -98,13 +104,12 @@ def output_options(plan: DecodePlan) -> dict[str, Any]:
     """What `output_kernel` is compiled for."""
     tile = plan.outputs
     return {
-        "SPLITS": plan.splits,
+        "SPLITS": plan.splits if plan.sums_while_loading else 1,
         "BLOCK_T": plan.block_tokens,
         "BLOCK_M": tile.rows,
         "BLOCK_K": tile.k,
         "BLOCK_P": plan.copied,
-        # Each split of a product for several tokens takes a buffer of its own per stage.
-        "STAGES": tile.stages if plan.splits == 1 or plan.block_tokens == 1 else 3,
+        "STAGES": tile.stages,
         "PRECISION": plan.precision,
         "OVERLAP": plan.overlap,
         "THREADS": 32 * tile.warps,
@@ -119,7 +124,7 @@ def output_options(plan: DecodePlan) -> dict[str, Any]:
 def pivot_kernel(
     x: tl.tensor,  # [tokens, n]
     pivot_weight: tl.tensor,  # [pivots, n]
-    partials: tl.tensor,  # [splits, tokens, pivots]
+    y_p: tl.tensor,  # [splits, tokens, pivots]
     tokens: tl.tensor,
     pivots: tl.tensor,
     n: tl.tensor,
@@ -151,14 +156,14 @@ def pivot_kernel(
             x_mask = (k < n)[:, None] & (token < tokens)[None, :]
             x_k = tl.load(x + token[None, :] * n + k[:, None], mask=x_mask, other=0.0)  # [BLOCK_K, BLOCK_T]
             sums = tl.dot(w, x_k, sums, input_precision=PRECISION)
-    y_p = tl.sum(sums, axis=1)[:, None] if BLOCK_T == 1 else sums  # [BLOCK_M, BLOCK_T]
-    to = partials + (split * tokens + token)[None, :] * pivots + row[:, None]
-    tl.store(to, y_p, mask=w_mask & (token < tokens)[None, :])
+    total = tl.sum(sums, axis=1)[:, None] if BLOCK_T == 1 else sums  # [BLOCK_M, BLOCK_T]
+    to = y_p + (split * tokens + token)[None, :] * pivots + row[:, None]
+    tl.store(to, total, mask=w_mask & (token < tokens)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def output_kernel(
-    partials: tl.tensor,  # [SPLITS, tokens, pivots]
+    y_p: tl.tensor,  # [SPLITS, tokens, pivots]
     coefficients: tl.tensor,  # the shards' [m_i - r_i, r_i], flat
     out_rows: tl.tensor,  # int32 [columns]
     bias: tl.tensor,  # [columns] or None
@@ -179,29 +184,31 @@ def output_kernel(
     OVERLAP: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
-    """Write y for a tile of remaining rows of one shard, or copy y_p for a tile of pivot rows."""
+    """Write y for a tile of remaining rows of one shard, or copy y_p to the columns of a tile of pivot rows."""
     tile = tl.program_id(0)
     token = tl.arange(0, BLOCK_T)
     if tile < tiles:
         first, rows, rank, pivot, stacked, offset = locate(tile, ranks, out_features, BLOCK_M)
         if OVERLAP:
-            _fetch_to_l2(coefficients + offset, first.to(tl.int64) * rank, rows.to(tl.int64) * rank, THREADS)
+            if rank > 0:
+                start = coefficients + offset
+                _fetch_to_l2(start, first.to(tl.int64) * rank, rows.to(tl.int64) * rank, THREADS)
             gdc_wait()
         row = first + tl.arange(0, BLOCK_M)
         row_mask = row < rows
         c_rows = coefficients + offset + row.to(tl.int64)[:, None] * rank
         sums = tl.zeros([BLOCK_M, BLOCK_K if BLOCK_T == 1 else BLOCK_T], tl.float32)
-        for start in tl.range(0, rank, BLOCK_K, num_stages=STAGES):
-            k = start + tl.arange(0, BLOCK_K)
+        for start_k in tl.range(0, rank, BLOCK_K, num_stages=STAGES):
+            k = start_k + tl.arange(0, BLOCK_K)
             c = tl.load(c_rows + k[None, :], mask=row_mask[:, None] & (k < rank)[None, :], other=0.0)
             if BLOCK_T == 1:
-                y_p = _sum_partials(partials + pivot + k, k < rank, pivots, SPLITS)  # [BLOCK_K]
-                sums += c.to(tl.float32) * y_p[None, :]
+                y_k = load_sum(y_p + pivot + k, k < rank, pivots, SPLITS)  # [BLOCK_K]
+                sums += c.to(tl.float32) * y_k[None, :]
             else:
                 y_mask = (k < rank)[:, None] & (token < tokens)[None, :]
-                from_k = partials + token[None, :] * pivots + (pivot + k)[:, None]
-                y_p = _sum_partials(from_k, y_mask, tokens * pivots, SPLITS)  # [BLOCK_K, BLOCK_T]
-                sums = tl.dot(c, y_p.to(c.dtype), sums, input_precision=PRECISION)
+                from_k = y_p + token[None, :] * pivots + (pivot + k)[:, None]
+                y_k = tl.load(from_k, mask=y_mask, other=0.0)  # [BLOCK_K, BLOCK_T]
+                sums = tl.dot(c, y_k, sums, input_precision=PRECISION)
         out = tl.sum(sums, axis=1)[:, None] if BLOCK_T == 1 else sums  # [BLOCK_M, BLOCK_T]
         _scatter(out, row + stacked, row_mask, out_rows, bias, y, tokens, columns, BLOCK_T)
     else:
@@ -210,17 +217,9 @@ def output_kernel(
         # Names of their own: Triton gives a name one shape in both branches.
         pivot_row = (tile - tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
         copy_mask = (pivot_row < pivots)[:, None] & (token < tokens)[None, :]
-        from_row = partials + token[None, :] * pivots + pivot_row[:, None]
-        copied = _sum_partials(from_row, copy_mask, tokens * pivots, SPLITS)  # [BLOCK_P, BLOCK_T]
+        from_row = y_p + token[None, :] * pivots + pivot_row[:, None]
+        copied = load_sum(from_row, copy_mask, tokens * pivots, SPLITS)  # [BLOCK_P, BLOCK_T]
         _scatter(copied, pivot_row, pivot_row < pivots, out_rows, bias, y, tokens, columns, BLOCK_T)
-
-
-@triton.jit
-def _sum_partials(start: tl.tensor, mask: tl.tensor, stride: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
-    total = tl.load(start, mask=mask, other=0.0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(start + split * stride, mask=mask, other=0.0)
-    return total
 
 
 @triton.jit

@@ -49,5 +49,5 @@ def linear_cuda(
         if tokens <= DECODE_TOKENS:
             plan = plan_decode(device, bits, tokens, n, ranks, out_features)
             return decode(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, plan)
-        tiles = plan_prefill(device, bits, tokens, ranks, out_features)
+        tiles = plan_prefill(device, bits, tokens, n, ranks, out_features)
         return prefill(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, tiles)

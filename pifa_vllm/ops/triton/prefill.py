@@ -2,7 +2,9 @@
 
 Two launches for all shards together. `pivot_kernel` computes y_p = x W_pᵀ, keeps it in scratch and writes it to
 the columns of the pivot rows; `output_kernel` multiplies it by each shard's coefficients and writes the other
-columns. y is written once and y_p never gathered. Ranks need no padding: the last tile of a depth is masked.
+columns. Where the tiles of the first are too few to fill the device, n is split, and a third launch in between sums
+the parts (`partials.py`). y is written once and y_p never gathered. Ranks need no padding: the last tile of a depth
+is masked.
 
 In plain PyTorch:
 
@@ -16,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pifa_vllm.ops.triton.configs import PrefillPlan, PrefillTile
+from pifa_vllm.ops.triton.partials import sum_partials
 from pifa_vllm.ops.triton.shards import count_tiles, locate
 
 # Programs that run beside each other share this many tiles of tokens, so that their weights come from L2.
@@ -45,10 +49,10 @@ def prefill(
     tokens, n = x.shape
     pivots = pivot_weight.shape[0]
     y = x.new_empty(tokens, sum(out_features))
-    y_p = x.new_empty(tokens, pivots)
-    first, second = plan.pivots, plan.outputs
+    first, second, splits = plan.pivots, plan.outputs, plan.splits
+    y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
     if pivots:
-        pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens),)](
+        pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens), splits)](
             x,
             pivot_weight,
             y_p,
@@ -59,8 +63,12 @@ def prefill(
             pivots,
             n,
             y.shape[1],
-            **options(plan.pivots, plan.precision),
+            triton.cdiv(triton.cdiv(n, first.k), splits),
+            SPLIT=splits > 1,
+            **options(first, plan.precision),
         )
+    if pivots and splits > 1:
+        y_p = sum_partials(y_p, out_rows, bias, y)
     tiles = count_tiles(ranks, out_features, second.rows)
     if tiles:
         output_kernel[(tiles * triton.cdiv(tokens, second.tokens),)](
@@ -75,7 +83,7 @@ def prefill(
             tuple(ranks),
             tuple(out_features),
             y.shape[1],
-            **options(plan.outputs, plan.precision),
+            **options(second, plan.precision),
         )
     return y
 
@@ -94,11 +102,11 @@ def options(tile: PrefillTile, precision: str) -> dict[str, Any]:
     }
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def pivot_kernel(
     x: tl.tensor,  # [tokens, n]
     pivot_weight: tl.tensor,  # [pivots, n]
-    y_p: tl.tensor,  # [tokens, pivots]
+    y_p: tl.tensor,  # [splits, tokens, pivots]
     out_rows: tl.tensor,  # int32 [columns]
     bias: tl.tensor,  # [columns] or None
     y: tl.tensor,  # [tokens, columns]
@@ -106,22 +114,29 @@ def pivot_kernel(
     pivots: tl.tensor,
     n: tl.tensor,
     columns: tl.tensor,
+    steps: tl.tensor,  # tiles of BLOCK_K inputs per split
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Write a tile of y_p = x W_pᵀ to scratch, and to the columns of the pivot rows."""
+    """Write a tile of y_p = x W_pᵀ to scratch, and to the columns of the pivot rows if it is the whole sum."""
     tile, token_tile = _order(tl.cdiv(pivots, BLOCK_M), tl.cdiv(tokens, BLOCK_T), GROUP)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, n)
     sums = _product(
-        x, n, pivot_weight, n, token, tokens, row, pivots, n, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION
+        x, n, pivot_weight, n, token, tokens, row, pivots, begin, end, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION
     )
     mask = (token < tokens)[:, None] & (row < pivots)[None, :]
-    tl.store(y_p + token.to(tl.int64)[:, None] * pivots + row[None, :], sums, mask=mask)
-    _scatter(sums, token, row, row < pivots, mask, out_rows, bias, y, columns)
+    # Of the splits' [splits · tokens, pivots].
+    at = tl.program_id(1) * tokens + token.to(tl.int64)
+    tl.store(y_p + at[:, None] * pivots + row[None, :], sums, mask=mask)
+    if not SPLIT:
+        _scatter(sums, token, row, row < pivots, mask, out_rows, bias, y, columns)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -150,7 +165,7 @@ def output_kernel(
     row = first + tl.arange(0, BLOCK_M)
     sums = _product(
         y_p + pivot, pivots, coefficients + offset, rank,
-        token, tokens, row, rows, rank, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION,
+        token, tokens, row, rows, 0, rank, BLOCK_T, BLOCK_M, BLOCK_K, PRECISION,
     )  # fmt: skip
     mask = (token < tokens)[:, None] & (row < rows)[None, :]
     _scatter(sums, token, row + stacked, row < rows, mask, out_rows, bias, y, columns)
@@ -176,22 +191,28 @@ def _product(
     tokens: tl.tensor,
     row: tl.tensor,
     rows: tl.tensor,
-    depth: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Return float32 [BLOCK_T, BLOCK_M], the tile of a bᵀ; what lies beyond the last token or row is arbitrary."""
+    """Return float32 [BLOCK_T, BLOCK_M], the tile of a bᵀ over the columns from `begin` to before `end`.
+
+    What lies beyond the last token or row is arbitrary.
+    """
     k = tl.arange(0, BLOCK_K)
     # The last token and row stand in for those beyond them, which leaves only the columns to mask.
     a_at = (
-        a + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
+        a + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * a_stride + begin + k[None, :]
     )  # [BLOCK_T, BLOCK_K]
-    b_at = b + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * b_stride + k[:, None]  # [BLOCK_K, BLOCK_M]
+    b_at = (
+        b + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * b_stride + begin + k[:, None]
+    )  # [BLOCK_K, BLOCK_M]
     sums = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        left = k < depth - start
+    for start in range(begin, end, BLOCK_K):
+        left = k < end - start
         a_k = tl.load(a_at, mask=left[None, :], other=0.0)
         b_k = tl.load(b_at, mask=left[:, None], other=0.0)
         sums = tl.dot(a_k, b_k, sums, input_precision=PRECISION)

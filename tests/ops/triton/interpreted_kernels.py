@@ -95,9 +95,9 @@ def decode_plan(tokens, splits=1, rows=32, k=64):
     return DecodePlan(bucket, splits, Tile(rows, k, 4, 3), Tile(rows, k, 4, 3))
 
 
-def prefill_plan(tokens):
+def prefill_plan(tokens, splits=1):
     size = 16 if tokens < 16 else 64
-    return PrefillPlan(PrefillTile(size, 64, 64, 4, 2, 1.0), PrefillTile(2 * size, 32, 32, 4, 2, 1.0))
+    return PrefillPlan(PrefillTile(size, 64, 64, 4, 2, 1.0), PrefillTile(2 * size, 32, 32, 4, 2, 1.0), splits)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -111,15 +111,16 @@ def test_decode(tokens, ranks, out_features, n):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("ranks", "out_features", "n"), ONE + SEVERAL)
 def test_prefill(tokens, ranks, out_features, n):
-    for with_bias in (True, False):
+    for with_bias, splits in ((True, 1), (False, 2)):
         args = arguments(tokens, n, ranks, out_features, with_bias, torch.float32)
-        check(prefill(*args, prefill_plan(tokens)), args)
+        check(prefill(*args, prefill_plan(tokens, splits)), args)
 
 
 def test_prefill_walks_every_tile_of_many_tokens():
     args = arguments(300, 20, (5, 3), (40, 21), True, torch.float32)
     small = PrefillTile(16, 16, 16, 4, 2, 1.0)
-    check(prefill(*args, PrefillPlan(small, small)), args)
+    for splits in (1, 2):
+        check(prefill(*args, PrefillPlan(small, small, splits)), args)
 
 
 @pytest.mark.parametrize("run", [decode, prefill])
@@ -128,7 +129,8 @@ def test_prefill_walks_every_tile_of_many_tokens():
 def test_16_bit(run, dtype, tokens):
     for splits in (1, 4):
         args = arguments(tokens, 123, (32, 17), (123, 64), True, dtype)
-        check(run(*args, prefill_plan(tokens) if run is prefill else decode_plan(tokens, splits)), args)
+        plan = (prefill_plan if run is prefill else decode_plan)(tokens, splits)
+        check(run(*args, plan), args)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
@@ -136,6 +138,7 @@ def test_splits_beyond_the_inputs_add_nothing(splits):
     for tokens in (1, 3):
         args = arguments(tokens, 70, (5, 20), (50, 60), True, torch.float32)
         check(decode(*args, decode_plan(tokens, splits)), args)
+        check(prefill(*args, prefill_plan(tokens, splits)), args)
 
 
 def test_every_output_has_its_own_place():
