@@ -25,7 +25,8 @@ def linear_cuda(
 
     It checks nothing: shapes, dtypes, devices, contiguity and the range of `out_rows` are the caller's duty, since
     a wrong one makes the kernels read or write out of bounds. It neither waits for the device nor tunes, so that it
-    can be captured into a CUDA graph once it has been compiled by a call outside of one.
+    can be captured into a CUDA graph once it has been compiled by a call outside of one. Any sizes are right; n and
+    ranks that are multiples of 16 are fast, since others cannot be read 128 bits at a time.
 
     Args:
         x: [tokens, n] contiguous float32, bfloat16 or float16, tokens > 0.
@@ -39,7 +40,7 @@ def linear_cuda(
 
     Returns:
         [tokens, Σm] in the dtype of x; sums are float32, y_p is rounded to the dtype of x between the products
-        (except for one token split over n, where it stays float32).
+        (except for one token whose n is split, where it stays float32).
     """
     tokens, n = x.shape
     bits = 8 * x.element_size()
