@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -13,6 +14,14 @@ namespace pifa {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// Processors that multiply bfloat16 by themselves: oneDNN is then the better choice wherever arithmetic counts. With
+// AVX2 it has no bfloat16 product, and torch falls back to one that is many times slower than ours.
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(PIFA_NATIVE_BFLOAT16)
+constexpr bool kNativeBfloat16 = true;
+#else
+constexpr bool kNativeBfloat16 = false;
+#endif
 
 void check(const at::Tensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape, const at::Tensor& x) {
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, "pifa::linear: ", name, ": expected ", dtype, ", found ",
@@ -77,6 +86,29 @@ Layer<W> layer_of(const at::Tensor& pivot_weight, const at::Tensor& coefficients
   return layer;
 }
 
+// Many bfloat16 tokens by the library's matrix product; x [.., n] and y are contiguous.
+void run_library(const at::Tensor& x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
+                 const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
+                 const OptionalTensor& bias, at::Tensor& y) {
+  const at::Tensor flat = y.view({-1, y.size(-1)});
+  const at::Tensor y_p = at::linear(x.view({-1, x.size(-1)}), pivot_weight);  // [tokens, Σr]
+  const auto place = [&](int64_t stacked, const at::Tensor& values) {
+    if (out_rows) flat.index_copy_(1, out_rows->narrow(0, stacked, values.size(1)).to(at::kLong), values);
+    else flat.narrow(1, stacked, values.size(1)).copy_(values);
+  };
+  place(0, y_p);
+  int64_t pivot = 0, stacked = y_p.size(1), number = 0;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const int64_t rank = ranks[i], rest = out_features[i] - rank;
+    const at::Tensor c = coefficients.narrow(0, number, rest * rank).view({rest, rank});
+    if (rest > 0) place(stacked, at::linear(y_p.narrow(1, pivot, rank), c));
+    pivot += rank;
+    stacked += rest;
+    number += rest * rank;
+  }
+  if (bias) flat.add_(*bias);
+}
+
 at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
                   const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
                   const OptionalTensor& bias) {
@@ -111,6 +143,10 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   shape.back() = outputs;
   at::Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
+  if (kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > 2 * kLanes) {
+    run_library(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, y);
+    return y;
+  }
   const auto typed = [&](auto zero) {
     using W = decltype(zero);
     Layer<W> layer = layer_of<W>(pivot_weight, coefficients, ranks, out_features);
