@@ -36,9 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = group.add_argument
     add(
         "--method",
-        choices=("mpifa", "mpifa-exact", "svd-llm", "svd"),
-        default="mpifa",
-        help="mpifa: the paper's M (U, then V); mpifa-exact: M as cross-fitted reduced-rank regression; svd-llm "
+        choices=("mpifa-exact", "mpifa", "svd-llm", "svd"),
+        default="mpifa-exact",
+        help="mpifa-exact: M as cross-fitted reduced-rank regression; mpifa: the paper's M (U, then V); svd-llm "
         "and svd: baselines (default: %(default)s)",
     )
     add(

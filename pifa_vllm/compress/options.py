@@ -49,7 +49,7 @@ class CompressOptions:
     model: Path
     output: Path
     density: Recipe
-    method: Method = "mpifa"
+    method: Method = "mpifa-exact"
     representation: Representation = "pifa"
     calibration: str = "self"
     text_field: str = "text"

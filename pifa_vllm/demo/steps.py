@@ -61,7 +61,7 @@ class Demo:
             save_dense_model(self.dense)
         tokens = self._calibration_tokens()
         self._compress_by("svd-llm", "lowrank", tokens)
-        return self._compress_by("mpifa", "pifa", tokens)
+        return self._compress_by("mpifa-exact", "pifa", tokens)
 
     def compare(self) -> None:
         """Print the perplexities of the dense model and both compressed ones, side by side."""
@@ -72,7 +72,7 @@ class Demo:
         rows = (
             ("dense", "all", self.dense),
             ("svd-llm, plain low rank", kept, self._directory("svd-llm")),
-            ("MPIFA", kept, self._directory("mpifa")),
+            ("MPIFA", kept, self._directory("mpifa-exact")),
         )
         for name, share, directory in rows:
             table.add_row(name, share, f"{self._perplexity(directory):.2f}")
