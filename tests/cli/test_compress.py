@@ -44,7 +44,7 @@ def test_compresses_and_prints_where_it_is(model, tmp_path, capsys):
     assert "layer 2/2" in shown
     assert str(output) in shown.replace("\n", "")
     report = json.loads((output / "compression_report.json").read_text())
-    assert report["method"] == "mpifa"
+    assert report["method"] == "mpifa-exact"
     assert report["calibration"]["source"] == "text"
 
 
