@@ -15,8 +15,8 @@ from pifa_vllm.ops import pifa_linear
 from pifa_vllm.ops.cpu import load
 
 
-class StreamedLinearMethod(UnquantizedLinearMethod):
-    """A dense linear layer whose weight [m, n] stays where vLLM loaded it."""
+class _Streamed:
+    """What both methods do with a weight [m, n] that stays where vLLM loaded it."""
 
     streamed = False
 
@@ -24,27 +24,22 @@ class StreamedLinearMethod(UnquantizedLinearMethod):
         """Leave the weight as it is, if the native kernel is there to read it."""
         self.streamed = load()
         if not self.streamed:
-            super().process_weights_after_loading(layer)
+            super().process_weights_after_loading(layer)  # type: ignore[misc]  # of vLLM's method beside it
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., n] to [..., m]."""
-        return _dense(layer, x, bias) if self.streamed else super().apply(layer, x, bias)
+        if self.streamed:
+            return _dense(layer, x, bias)
+        y: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]  # of vLLM's method beside it
+        return y
 
 
-class StreamedEmbeddingMethod(UnquantizedEmbeddingMethod):
+class StreamedLinearMethod(_Streamed, UnquantizedLinearMethod):
+    """A dense linear layer."""
+
+
+class StreamedEmbeddingMethod(_Streamed, UnquantizedEmbeddingMethod):
     """An lm_head, with or without weights of its own."""
-
-    streamed = False
-
-    def process_weights_after_loading(self, layer: Module) -> None:
-        """Leave the weight as it is, if the native kernel is there to read it."""
-        self.streamed = load()
-        if not self.streamed:
-            super().process_weights_after_loading(layer)
-
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply x [..., n] to logits [..., m]."""
-        return _dense(layer, x, bias) if self.streamed else super().apply(layer, x, bias)
 
 
 def _dense(layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
