@@ -188,11 +188,11 @@ def cubins(
             the figures are written all the same.
     """
     hashed = source_hash()
+    before = json.loads(output.read_text()) if output.exists() else {"source": None}
     rows = [
         row
-        for row in (json.loads(output.read_text())["kernels"] if output.exists() else [])
-        if json.loads(output.read_text())["source"] == hashed
-        and (row["family"] not in families or row["dtype"] not in dtypes)
+        for row in (before["kernels"] if before["source"] == hashed else [])
+        if row["family"] not in families or row["dtype"] not in dtypes
     ]
     bad = []
     for family in families:
@@ -207,7 +207,7 @@ def cubins(
                 bad += [f"{_name(variant)}: {text}" for text in row["complaints"]]
     results = {"source": hashed, "triton": triton.__version__, "kernels": rows}
     # A line per kernel.
-    text = json.dumps(results, indent=None).replace('{"family"', '\n{"family"') + "\n"
+    text = json.dumps(results).replace('{"family"', '\n{"family"') + "\n"
     replace_file(output, lambda path: path.write_text(text))
     if bad:
         raise PifaError(f"{output}: the compiled kernels are not as they should be. {'; '.join(bad)}.")

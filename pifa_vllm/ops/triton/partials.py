@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_TOKENS, _PIVOTS = 16, 64
+_TOKENS, _PIVOTS = 8, 64
 
 
 def sum_partials(
