@@ -188,7 +188,7 @@ def cubins(
             the figures are written all the same.
     """
     hashed = source_hash()
-    before = json.loads(output.read_text()) if output.exists() else {"source": None}
+    before: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"source": None}
     rows = [
         row
         for row in (before["kernels"] if before["source"] == hashed else [])
