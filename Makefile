@@ -1,5 +1,6 @@
 # make demo    compress a small LLaMA model, compare, serve it with vLLM, chat with it
 # make test    formatting, types, tests
+# make gpu-check    on a machine with a GPU: are the Triton kernels right, and how fast (with $(PYTHON)'s pifa-vllm)
 # Both create .venv first; `make setup` does only that.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ TEST_ARGS ?=
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lock clean
+.PHONY: setup demo test gpu-check lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,8 @@ $(VENV)/.installed: requirements-cpu.lock pyproject.toml
 	@# text serving does not need them, and PyPI's builds break every transformers import beside a CPU torch.
 	$(BIN)/pip install --no-deps -r requirements-cpu.lock
 	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	@# Here rather than while the first model loads. Without a compiler the layers run without it.
+	-$(BIN)/python -m pifa_vllm.ops.cpu
 	@touch $@
 	@echo "== ready: $(BIN)/pifa-vllm"
 
@@ -39,6 +42,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(TEST_ARGS)
+
+# Not in the environment of `make setup`, whose torch knows CPUs only.
+gpu-check:
+	$(PYTHON) -m pifa_vllm bench gpu --output gpu-check.json
 
 # Resolves everything anew; read the differences before committing them.
 lock: setup

@@ -42,7 +42,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--output", type=Path, required=True, metavar="JSON", help="results")
     add("--plot", type=Path, metavar="SVG", help="draw the speed-ups")
     layer.set_defaults(run=run_layer)
-    table = kinds.add_parser("table", help="print the results of bench quality or bench layer as Markdown")
+    gpu = kinds.add_parser("gpu", help="check the Triton kernels on this machine's GPU, and time its layers")
+    gpu.add_argument("--output", type=Path, default=Path("gpu-check.json"), metavar="JSON", help="results")
+    gpu.set_defaults(run=run_gpu)
+    predict = kinds.add_parser("predict", help="the cost model's times of the Triton kernels on common GPUs")
+    predict.add_argument("--output", type=Path, required=True, metavar="JSON", help="results")
+    predict.set_defaults(run=run_predict)
+    cubins = kinds.add_parser("cubins", help="compile the Triton kernels for NVIDIA GPUs, without one")
+    cubins.add_argument("--output", type=Path, required=True, metavar="JSON", help="registers, spills, ...")
+    cubins.set_defaults(run=run_cubins)
+    table = kinds.add_parser("table", help="print the results of a benchmark as Markdown")
     table.add_argument("results", type=Path, metavar="JSON")
     table.set_defaults(run=run_table)
 
@@ -124,6 +133,30 @@ def run_layer(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_gpu(args: argparse.Namespace) -> int:
+    """Check and time on the GPU."""
+    from pifa_vllm.bench.gpu_check import gpu_check
+
+    gpu_check(args.output)
+    return 0
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Write what the cost model says."""
+    from pifa_vllm.bench.cost_model import write
+
+    write(args.output)
+    return 0
+
+
+def run_cubins(args: argparse.Namespace) -> int:
+    """Compile and write."""
+    from pifa_vllm.bench.cubins import cubins
+
+    cubins(args.output, say=lambda line: print(line, flush=True))
+    return 0
+
+
 def _densities(option: str, text: str) -> list[float]:
     from pifa_vllm.errors import PifaError
 
@@ -146,15 +179,20 @@ def run_table(args: argparse.Namespace) -> int:
 
     results = read_json(args.results)
     try:
-        if "ms" in results["rows"][0]:
+        if "kind" in results:
+            # Not at the top: it needs Triton.
+            from pifa_vllm.bench.cost_model import layer_table
+
+            densities = sorted({row["density"] for row in results["rows"]})
+            tables = [layer_table(results, density) for density in densities]
+        elif "ms" in results["rows"][0]:
             densities = sorted({row["density"] for row in results["rows"]})
             tables = [*(ratio_table(results, density) for density in densities), dispatch_table(results)]
         else:
             tables = [perplexity_table(results), cost_table(results)]
     except (IndexError, KeyError, StopIteration, TypeError) as error:
         raise PifaError(
-            f"{args.results}: expected the results of `pifa-vllm bench quality` or `bench layer`, found none "
-            f"({error!r})."
+            f"{args.results}: expected the results of a `pifa-vllm bench` command, found none ({error!r})."
         ) from error
     print(*tables, sep="\n\n")
     return 0

@@ -77,4 +77,4 @@ def test_the_table_of_a_file_that_is_none(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"rows": [{"variant": "mpifa"}]}))
     assert main(["bench", "table", str(path)]) == 1
-    assert f"{path}: expected the results of `pifa-vllm bench quality`" in capsys.readouterr().err
+    assert f"{path}: expected the results of a `pifa-vllm bench` command" in capsys.readouterr().err
