@@ -243,7 +243,7 @@ def test_resume_starts_at_the_first_unfinished_layer(llama, text, tmp_path, monk
 def test_resume_with_other_options_is_refused_by_name(llama, text, tmp_path, monkeypatch):
     options = tiny_options(llama, tmp_path / "out", text)
     interrupted(options, monkeypatch, CheckpointError("the disk is full"))
-    with pytest.raises(PifaError, match=r"1 finished layers.*mix: there 0\.25, now 0\.5"):
+    with pytest.raises(PifaError, match=r"1 finished layers.*mix: there 1\.0, now 0\.5"):
         compress(tiny_options(llama, tmp_path / "out", text, mix=0.5))
     other_text = write_text(tmp_path / "other.txt", 5000)
     with pytest.raises(PifaError, match="tokens: there"):
