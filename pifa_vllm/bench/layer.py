@@ -26,7 +26,7 @@ from pifa_vllm.ops import pifa_linear, stacked_rows
 
 # Beyond any last-level cache of a single socket that is common today.
 _WORKING_SET = 192 * 2**20
-_SECONDS = 4.0  # per case and implementation, unless that is fewer runs than _MIN_RUNS
+_SECONDS = 0.5  # per case and implementation, unless that is fewer runs than _MIN_RUNS
 _MIN_RUNS, _MAX_RUNS = 5, 60
 
 Forward = Callable[[Tensor], Tensor]
@@ -128,9 +128,7 @@ def measure(shape: LayerShape, tokens: int, density: float, dtypes: Sequence[tor
         if y.shape != (tokens, shape.m) or not bool(torch.isfinite(y).all()):
             raise PifaError(f"{shape.name}: {item.name} gave {list(y.shape)}, expected {[tokens, shape.m]}.")
     started, run = time.perf_counter(), 0
-    while run < _MIN_RUNS or (
-        run < _MAX_RUNS and time.perf_counter() - started < _SECONDS * len(compared) / 4
-    ):
+    while run < _MIN_RUNS or (run < _MAX_RUNS and time.perf_counter() - started < _SECONDS * len(compared)):
         for item, forwards, times in zip(compared, instances, seconds, strict=True):
             forward, x = forwards[run % len(forwards)], inputs[item.dtype]
             begin = time.perf_counter()

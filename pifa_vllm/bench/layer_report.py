@@ -15,30 +15,78 @@ _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 Rows = Iterable[dict[str, Any]]
 
 
-def ratio_table(results: dict[str, Any], density: float) -> str:
-    """Speed-ups of PIFA per layer and number of tokens, as Markdown.
+_COLUMNS = (
+    "layer",
+    "tokens",
+    "dense f32, ms",
+    "PIFA f32",
+    "PIFA bf16",
+    "PIFA bf16, to dense bf16",
+    "PIFA, to low rank of its rank",
+    "PIFA, to the reference's forward",
+    "our dense, to vLLM's: f32",
+    "bf16",
+    "PIFA f32, GB/s",
+    "GFLOP/s",
+)
 
-    Dense is the faster of torch's F.linear and vLLM's own linear, in float32; "dense bf16" the same in bfloat16.
+
+def ratio_table(results: dict[str, Any], density: float) -> str:
+    """Times faster, per layer and number of tokens, as Markdown.
+
+    "PIFA f32" and "PIFA bf16" are against dense float32, the faster of torch's F.linear and vLLM's own linear;
+    "to dense bf16" is against the faster of these in bfloat16. The other ratios are in float32.
     """
-    lines = [
-        "| layer | tokens | dense f32, ms | PIFA f32 | PIFA bf16 | PIFA bf16 against dense bf16 | against low rank "
-        "of the same rank | against the reference's forward | GB/s, GFLOP/s (f32) |",
-        "|---" * 9 + "|",
-    ]
-    for (layer, tokens), rows in _cases(results["rows"], density).items():
+    return _ratios(_cases(results["rows"], density))
+
+
+def block_table(results: dict[str, Any], density: float, name: str) -> str:
+    """`ratio_table` of all layers together, as a decoder block runs them one after another.
+
+    Args:
+        results: of the layers of one model.
+        density: kept / dense parameters.
+        name: of the block, for the table.
+    """
+    blocks: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for (_, tokens), rows in _cases(results["rows"], density).items():
+        total = blocks.setdefault((name, tokens), [])
+        for row in rows:
+            same = _find(total, row["implementation"], row["dtype"])
+            if same is None:
+                total.append(dict(row))
+                continue
+            same["ms"] += row["ms"]
+            same["parameters"] += row["parameters"]
+            same["gbytes_per_s"] = (
+                same["parameters"] * (4 if row["dtype"] == "float32" else 2) / same["ms"] / 1e6
+            )
+            same["gflops"] = 2 * same["parameters"] * tokens / same["ms"] / 1e6
+    return _ratios(blocks)
+
+
+def _ratios(cases: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    for (layer, tokens), rows in cases.items():
         dense = _dense(rows, "float32")
         pifa, pifa16 = _find(rows, "pifa", "float32"), _find(rows, "pifa", "bfloat16")
-        dense16 = _dense(rows, "bfloat16")
         cells = [
+            layer,
+            str(tokens),
             "" if dense is None else f"{dense['ms']:.2f}",
             _ratio(dense, pifa),
             _ratio(dense, pifa16),
-            _ratio(dense16, pifa16),
+            _ratio(_dense(rows, "bfloat16"), pifa16),
             _ratio(_find(rows, "lowrank-rank", "float32"), pifa),
             _ratio(_find(rows, "reference", "float32"), pifa),
-            "" if pifa is None else f"{pifa['gbytes_per_s']:.1f}, {pifa['gflops']:.0f}",
+            *(
+                _ratio(_find(rows, "dense-vllm", dtype), _find(rows, "dense-ours", dtype))
+                for dtype in ("float32", "bfloat16")
+            ),
+            "" if pifa is None else f"{pifa['gbytes_per_s']:.1f}",
+            "" if pifa is None else f"{pifa['gflops']:.0f}",
         ]
-        lines.append(f"| {layer} | {tokens} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import pifa_vllm.bench
+from pifa_vllm.bench.cost_model import layer_table
+from pifa_vllm.bench.layer_report import block_table, ratio_table
 from pifa_vllm.bench.table import cost_table, perplexity_table
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +18,21 @@ RESULTS = Path(pifa_vllm.bench.__file__).parent / "results"
 def test_tables_are_those_of_the_committed_results(table):
     results = json.loads((RESULTS / "quality-smollm2.json").read_text())
     assert table(results) in (ROOT / "README.md").read_text()
+
+
+def test_layer_tables_are_those_of_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    squares = json.loads((RESULTS / "layer-cpu-squares.json").read_text())
+    assert ratio_table(squares, 0.5) in readme
+    block = json.loads((RESULTS / "layer-cpu-llama2-7b.json").read_text())
+    assert block_table(block, 0.5, "LLaMA-2-7B block") in readme
+
+
+def test_the_table_of_gpus_is_the_committed_prediction_and_says_so():
+    predictions = json.loads((RESULTS / "predicted-layers.json").read_text())
+    table = layer_table(predictions, 0.5)
+    assert "prediction" in table
+    assert table in (ROOT / "README.md").read_text()
 
 
 def test_results_say_how_they_were_made():
