@@ -121,11 +121,13 @@ def run_layer(args: argparse.Namespace) -> int:
             for tokens in map(int, args.tokens.split(",")):
                 found = list(measure(shape, tokens, density, [dtypes[x] for x in args.dtype.split(",")]))
                 rows += found
+                # After each case: what was measured outlives an interruption.
+                results = to_json(rows, machine, command_line(sys.argv))
+                replace_text(args.output, json.dumps(results, indent=1) + "\n")
                 times = ", ".join(f"{r.implementation} {r.dtype} {r.ms:.2f}" for r in found)
                 print(f"{shape.name}, density {density:g}, {tokens} tokens, ms: {times}", flush=True)
     # The ceilings once more: what else the machine does may have changed.
     machine["ceilings_after"] = ceilings()
-    results = to_json(rows, machine, command_line(sys.argv))
     replace_text(args.output, json.dumps(results, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)
