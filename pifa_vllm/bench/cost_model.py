@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.bench.shapes import SHAPES, LayerShape
-from pifa_vllm.checkpoint.atomic import replace_file
+from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.factorization import lowrank_rank, pifa_rank
 from pifa_vllm.ops.triton.configs import (
     DECODE_TOKENS,
@@ -191,7 +191,7 @@ def predict() -> dict[str, Any]:
 def write(output: Path = RESULTS) -> None:
     """Write `predict` as JSON, a line per row."""
     text = json.dumps(predict()).replace('{"gpu"', '\n{"gpu"') + "\n"
-    replace_file(output, lambda path: path.write_text(text))
+    replace_text(output, text)
 
 
 def layer_table(results: dict[str, Any], density: float) -> str:

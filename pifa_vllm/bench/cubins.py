@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pifa_vllm.checkpoint.atomic import replace_file
+from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
 from pifa_vllm.ops.triton import configs, decode, partials, prefill, shards
 
@@ -208,7 +208,7 @@ def cubins(
     results = {"source": hashed, "triton": triton.__version__, "kernels": rows}
     # A line per kernel.
     text = json.dumps(results).replace('{"family"', '\n{"family"') + "\n"
-    replace_file(output, lambda path: path.write_text(text))
+    replace_text(output, text)
     if bad:
         raise PifaError(f"{output}: the compiled kernels are not as they should be. {'; '.join(bad)}.")
     return results

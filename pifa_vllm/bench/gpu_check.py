@@ -20,10 +20,11 @@ from torch import Tensor
 from pifa_vllm.bench.cost_model import DENSITIES, TOKENS, layer_ranks
 from pifa_vllm.bench.gpu_layers import capture, layer_times, random_factors
 from pifa_vllm.bench.shapes import SHAPES
-from pifa_vllm.checkpoint.atomic import replace_file
+from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import pifa_rank
 from pifa_vllm.ops import pifa_linear
+from pifa_vllm.ops.reference import pifa_linear_reference
 
 # Relative to the largest output, against float64 on the rounded factors; y_p is rounded in between.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -92,7 +93,7 @@ def gpu_check(output: Path, *, seconds: float = 420.0, say: Callable[[str], None
         "seconds": round(time.monotonic() - start),
     }
     text = json.dumps(results).replace('{"gpu"', '\n{"gpu"') + "\n"
-    replace_file(output, lambda path: path.write_text(text))
+    replace_text(output, text)
     return results
 
 
@@ -176,14 +177,9 @@ def _float64(
     sizes: Sequence[int],
     bias: Tensor | None,
 ) -> Tensor:
-    y_p = x.double() @ pivot_weight.double().T
-    shapes = [(m - r, r) for r, m in zip(ranks, sizes, strict=True)]
-    matrices = torch.split(coefficients.double(), [rest * r for rest, r in shapes])
-    parts = zip(torch.split(y_p, list(ranks), dim=1), matrices, shapes, strict=True)
-    stacked = torch.cat([y_p, *(y @ c.view(shape).T for y, c, shape in parts)], dim=1)
-    y = torch.empty_like(stacked)
-    y[:, out_rows.long()] = stacked
-    return y if bias is None else y + bias.double()
+    wide = None if bias is None else bias.double()
+    factors = pivot_weight.double(), coefficients.double()
+    return pifa_linear_reference(x.double(), *factors, out_rows, ranks, sizes, wide)
 
 
 def _compare(y: Tensor, expected: Tensor, case: str) -> None:

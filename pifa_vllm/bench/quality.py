@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from pifa_vllm.checkpoint import read_json
-from pifa_vllm.checkpoint.atomic import replace_file
-from pifa_vllm.compress.report.schema import REPORT_NAME, CompressionReport
+from pifa_vllm.checkpoint.atomic import replace_text
+from pifa_vllm.compress.report.record import read_report
 from pifa_vllm.errors import PifaError
 from pifa_vllm.evaluate.perplexity import perplexity
 
@@ -100,7 +100,7 @@ def quality(
             indent=1,
             allow_nan=False,
         )
-        replace_file(output, lambda path: path.write_text(results + "\n", encoding="utf-8"))
+        replace_text(output, results + "\n")
         say(json.dumps(row))
 
     if not finished("dense", 1.0):
@@ -112,9 +112,7 @@ def quality(
             directory = work_dir / f"{variant}-{density:g}-{key}"
             if not directory.exists():
                 _compress(model, directory, variant, density, compress_options)
-            report = CompressionReport.model_validate_json(
-                (directory / REPORT_NAME).read_text(encoding="utf-8")
-            )
+            report = read_report(directory)
             modules = [x for x in report.modules if not x.dense]
             keep(
                 {
