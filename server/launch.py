@@ -84,12 +84,14 @@ def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> Non
         arguments: from `parse_arguments`.
         on_ready: called once with the server's URL, from another thread, when it is healthy.
     """
+    import vllm.logger
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
 
     cli_env_setup()
-    configure_logging_from_args(arguments)
+    # Before vLLM 0.31 there are no flags for it, and the environment is read on import.
+    if hasattr(vllm.logger, "configure_logging_from_args"):
+        vllm.logger.configure_logging_from_args(arguments)
     url = server_url(arguments)
     threading.Thread(target=_announce, args=(url, on_ready), daemon=True).start()
     (command,) = cmd_init()

@@ -42,6 +42,13 @@ def run(args: argparse.Namespace) -> int:
         )
     compressed = check_model(args.model)
 
+    import vllm
+
+    from pifa_vllm.plugin.versions import check_vllm
+
+    # Dense models, too: which of vLLM's Python entry points start its server depends on the version.
+    check_vllm(vllm.__version__)
+
     from pifa_vllm_server.launch import check_port_is_free, parse_arguments, serve, set_cpu_defaults
 
     for name, value in set_cpu_defaults(args.extra).items():

@@ -7,6 +7,9 @@ model they serve.
 from __future__ import annotations
 
 import logging
+import sys
+
+from pifa_vllm.plugin.versions import supported
 
 
 def register() -> None:
@@ -27,7 +30,11 @@ def register() -> None:
 
             register_quantization_config("pifa")(PIFAQuantizationConfig)
     except Exception:
+        found = getattr(sys.modules.get("vllm"), "__version__", "one of unknown version")
         logging.getLogger("vllm.pifa_vllm").exception(
-            "pifa-vllm could not register with this vLLM, so PIFA checkpoints will be refused as an unknown "
-            "quantization method; other models are not affected. Are the two versions made for each other?"
+            "pifa-vllm, which is made for vLLM %s, could not register with this one (%s), so PIFA checkpoints will "
+            "be refused as an unknown quantization method; other models are not affected. To serve PIFA "
+            "checkpoints, install a vLLM of that range.",
+            supported(),
+            found,
         )
