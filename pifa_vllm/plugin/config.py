@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vllm
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from pifa_vllm.errors import CheckpointError
+from pifa_vllm.plugin.versions import check_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -64,10 +66,13 @@ class PIFAQuantizationConfig(QuantizationConfig):
         """Parse the `quantization_config` of config.json.
 
         Raises:
+            PifaError: if this vLLM is too old.
             CheckpointError: naming the offending field.
         """
         from pifa_vllm.checkpoint import PIFAConfig
 
+        # The first that vLLM calls for a PIFA checkpoint, and it never does for another model.
+        check_vllm(vllm.__version__)
         return cls(PIFAConfig.parse(config, "config.json"))
 
     def maybe_update_config(
