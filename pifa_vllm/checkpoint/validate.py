@@ -85,10 +85,9 @@ class Checkpoint:
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
-        entry = self.modules[name]
         weight = self.shards.load(f"{name}.{PIVOT_WEIGHT}")
         coefficients = self.shards.load(f"{name}.{COEFFICIENTS}")
-        rows = self._pivot_rows(entry)
+        rows = self.pivot_rows(name)
         for suffix, tensor in ((PIVOT_WEIGHT, weight), (COEFFICIENTS, coefficients)):
             check_finite(tensor, f"{self.shards.entry(f'{name}.{suffix}').file}: tensor {name}.{suffix}")
         return PIFA(weight, coefficients, rows)
@@ -99,8 +98,8 @@ class Checkpoint:
         Raises:
             CheckpointError: at the first violation.
         """
-        for entry in self.modules.values():
-            self._pivot_rows(entry)
+        for name in self.modules:
+            self.pivot_rows(name)
 
     def verify(self) -> None:
         """Read every tensor: pivot rows sorted, unique and in range, all values finite.
@@ -116,8 +115,13 @@ class Checkpoint:
             if name not in compressed:
                 check_finite(self.shards.load(name), f"{entry.file}: tensor {name}")
 
-    def _pivot_rows(self, entry: ModuleEntry) -> Tensor:
-        tensor = f"{entry.name}.{PIVOT_ROWS}"
+    def pivot_rows(self, name: str) -> Tensor:
+        """Load one module's pivot rows, int32 [r].
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        entry, tensor = self.modules[name], f"{name}.{PIVOT_ROWS}"
         rows = self.shards.load(tensor)
         check_pivot_rows(rows, entry.rank, entry.m, f"{self.shards.entry(tensor).file}: tensor {tensor}")
         return rows

@@ -27,13 +27,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR", help="checkpoint directory")
+    if importlib.util.find_spec("pydantic_settings"):
+        from pifa_vllm_server.settings import add_flags
+
+        parser.set_defaults(settings=add_flags(parser))
     parser.set_defaults(run=run, accepts_extra=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the checkpoint, serve it, and return 0 when asked to stop."""
     from pifa_vllm.checkpoint import Checkpoint
-    from pifa_vllm.errors import PifaError, UnsupportedModelError
+    from pifa_vllm.errors import PifaError
 
     if importlib.util.find_spec("vllm") is None:
         raise PifaError(
@@ -49,19 +53,23 @@ def run(args: argparse.Namespace) -> int:
     # Dense models, too: which of vLLM's Python entry points start its server depends on the version.
     check_vllm(vllm.__version__)
 
-    from pifa_vllm_server.launch import check_port_is_free, parse_arguments, serve, set_cpu_defaults
+    from pifa_vllm_server.launch import (
+        add_server,
+        check_port_is_free,
+        parse_arguments,
+        serve,
+        set_cpu_defaults,
+    )
 
     for name, value in set_cpu_defaults(args.extra).items():
         print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
     flags = args.extra + dtype_default(args.model, args.extra)
     arguments = parse_arguments(args.model, flags)
+    add_server(arguments, args.settings(args))
     check_port_is_free(arguments)
     names = arguments.served_model_name or [args.model]
-    if compressed and arguments.tensor_parallel_size > 1:
-        raise UnsupportedModelError(
-            f"{args.model}: a PIFA checkpoint is served on one tensor-parallel rank, found --tensor-parallel-size "
-            f"{arguments.tensor_parallel_size}."
-        )
+    if compressed:
+        check_tensor_parallel_size(Path(args.model), arguments.tensor_parallel_size)
     try:
         serve(arguments, lambda url: print(banner(url, names[0]), file=sys.stderr, flush=True))
     except KeyboardInterrupt:
@@ -124,6 +132,36 @@ def check_model(model: str) -> bool:
         return False
     Checkpoint.open(directory).check_pivot_rows()
     return True
+
+
+def check_tensor_parallel_size(directory: Path, size: int) -> None:
+    """Check that the model's heads and its MLP can be shared out to so many ranks.
+
+    vLLM finds that out in its workers, layer by layer.
+
+    Raises:
+        UnsupportedModelError: naming what cannot be divided, and the sizes that can be had.
+    """
+    from pifa_vllm.checkpoint import read_json
+    from pifa_vllm.errors import UnsupportedModelError
+
+    config = read_json(directory / "config.json")
+    heads, intermediate = config.get("num_attention_heads"), config.get("intermediate_size")
+    kv_heads = config.get("num_key_value_heads") or heads
+    if not all(isinstance(value, int) and value > 0 for value in (heads, intermediate, kv_heads)):
+        return  # a model of another kind: vLLM's to judge
+
+    def fits(ranks: int) -> bool:
+        # Key and value heads are shared out, or every one of them goes to equally many ranks.
+        shared = kv_heads % ranks == 0 or ranks % kv_heads == 0
+        return heads % ranks == 0 and intermediate % ranks == 0 and shared
+
+    if not fits(size):
+        raise UnsupportedModelError(
+            f"{directory / 'config.json'}: {heads} attention heads, {kv_heads} key and value heads and an "
+            f"intermediate size of {intermediate} cannot be shared out to {size} ranks. Expected a "
+            f"--tensor-parallel-size of {[ranks for ranks in range(1, heads + 1) if fits(ranks)]}."
+        )
 
 
 def banner(url: str, name: str) -> str:

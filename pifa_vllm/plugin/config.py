@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from pifa_vllm.errors import CheckpointError
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from pifa_vllm.checkpoint import PIFAConfig
-    from pifa_vllm.plugin.linear import Shard
+    from pifa_vllm.checkpoint import Checkpoint, PIFAConfig
+    from pifa_vllm.plugin.layout import Shard
+
+# What the names of all layers begin with in a model that drafts for another one (speculative decoding).
+_DRAFT_PREFIX = "draft_model."
 
 
 class PIFAQuantizationConfig(QuantizationConfig):
@@ -31,13 +35,20 @@ class PIFAQuantizationConfig(QuantizationConfig):
         ranks: module name, as vLLM calls it, to rank.
         tensors: the names of all tensors in the checkpoint, as vLLM calls them; None where the model is not a
             local directory, and completeness is known only while loading.
+        model: directory or name of the model.
+        revision: of a name.
     """
 
     def __init__(self, checkpoint: PIFAConfig) -> None:
         super().__init__()
         self.ranks = dict(checkpoint.ranks)
         self.tensors: set[str] | None = None
+        self.model = ""
+        self.revision: str | None = None
+        # vLLM's name of a module to the checkpoint's.
+        self._names = {name: name for name in checkpoint.ranks}
         self._matched: set[str] = set()
+        self._checkpoint: Checkpoint | None = None
 
     def __repr__(self) -> str:
         return f"PIFAQuantizationConfig({len(self.ranks)} compressed modules)"
@@ -85,6 +96,7 @@ class PIFAQuantizationConfig(QuantizationConfig):
         """
         from pifa_vllm.checkpoint import Checkpoint
 
+        self.model, self.revision = model_name, revision
         directory = Path(model_name)
         if directory.is_dir():
             checkpoint = Checkpoint.open(directory)
@@ -94,6 +106,7 @@ class PIFAQuantizationConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules and tensors as the model does that vLLM is about to build."""
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
+        self._names = hf_to_vllm_mapper.apply_dict(self._names)
         if self.tensors is not None:
             self.tensors = set(hf_to_vllm_mapper.apply_list(list(self.tensors)))
 
@@ -103,14 +116,21 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: if a local checkpoint lacks one of the layer's tensors.
         """
+        from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 
         from pifa_vllm.plugin.dense import StreamedEmbeddingMethod, StreamedLinearMethod
-        from pifa_vllm.plugin.linear import PIFALinearMethod, Shard
+        from pifa_vllm.plugin.layout import Shard
+        from pifa_vllm.plugin.linear import PIFALinearMethod
 
         if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
+            if get_current_vllm_config().speculative_config is not None:
+                from pifa_vllm.plugin.verification import ensure_verification
+
+                # Here, because the rank that samples is the one with an lm_head.
+                ensure_verification()
             return StreamedEmbeddingMethod()
         if not isinstance(layer, LinearBase):
             # None gives embeddings and attention the method that they have in a dense model.
@@ -141,9 +161,29 @@ class PIFAQuantizationConfig(QuantizationConfig):
                 f"{min(self._matched)!r}."
             )
 
+    def pivot_rows(self, name: str, m: int) -> Tensor:
+        """Read a module's pivot rows, int32 [r], ahead of loading: they decide what each rank allocates.
+
+        Args:
+            name: of the module, as vLLM calls it.
+            m: outputs of the layer that vLLM builds for it.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        if self._checkpoint is None:
+            self._checkpoint = _open(self.model, self.revision)
+        module = self._names[name]
+        entry = self._checkpoint.modules[module]
+        if entry.m != m:
+            raise CheckpointError(
+                f"layer {name}: expected {m} outputs as config.json says, found {entry.m} in the checkpoint."
+            )
+        return self._checkpoint.pivot_rows(module)
+
     def _shard_names(self, prefix: str) -> list[str]:
         """The checkpoint's names of a layer, several if vLLM fuses them (qkv_proj, gate_up_proj)."""
-        parent, dot, last = prefix.rpartition(".")
+        parent, dot, last = prefix.removeprefix(_DRAFT_PREFIX).rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
 
     def _check_tensors(self, shards: list[Shard], has_bias: bool) -> None:
@@ -156,3 +196,18 @@ class PIFAQuantizationConfig(QuantizationConfig):
                     raise CheckpointError(
                         f"layer {shard.name}: tensor {shard.name}.{suffix} is missing from the checkpoint."
                     )
+
+
+def _open(model: str, revision: str | None) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from vllm.config import get_current_vllm_config
+
+    from pifa_vllm.checkpoint import Checkpoint
+
+    directory = Path(model)
+    if not directory.is_dir():
+        # What vLLM's loader downloads next, to where it looks for it.
+        cache = get_current_vllm_config().load_config.download_dir
+        files = ["*.safetensors", "*.json"]
+        directory = Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=files))
+    return Checkpoint.open(directory)

@@ -1,13 +1,14 @@
 """What the serve command refuses before vLLM is started. Starting it is tests/server's."""
 
 import importlib.util
+import json
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from pifa_vllm.cli import main
-from pifa_vllm.cli.serve import banner, check_model
-from pifa_vllm.errors import CheckpointError
+from pifa_vllm.cli.serve import banner, check_model, check_tensor_parallel_size
+from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from tests.tiny import save_tiny_model
 
 
@@ -45,3 +46,19 @@ def test_without_vllm_it_says_what_to_install(monkeypatch, capsys):
 
 def test_banner_quotes_for_the_shell():
     assert '-d \'{"model": "it\'"\'"\'s"' in banner("http://localhost:1", "it's")
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "intermediate", "allowed"),
+    [(2, 9, 3, 1536, "[1, 3]"), (5, 32, 8, 11008, "[1, 2, 4, 8, 16, 32]"), (4, 4, 4, 90, "[1, 2]")],
+)
+def test_a_tensor_parallel_size_that_the_model_does_not_allow(
+    size, heads, kv_heads, intermediate, allowed, tmp_path
+):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": intermediate}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_tensor_parallel_size(tmp_path, size)
+    assert f"to {size} ranks" in str(caught.value)
+    assert allowed in str(caught.value)
+    check_tensor_parallel_size(tmp_path, 1)

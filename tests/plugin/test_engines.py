@@ -256,23 +256,3 @@ def test_a_spoilt_checkpoint_is_refused(name, served, models):
     assert tensor in result["message"]
     assert found in result["message"]
     assert "\n" not in result["message"]
-
-
-def test_two_tensor_parallel_ranks_are_refused(models, tmp_path):
-    script = (
-        "from vllm import LLM\n"
-        "if __name__ == '__main__':\n"
-        f"    LLM({str(models / 'llama-pifa')!r}, tensor_parallel_size=2, enforce_eager=True, dtype='float32',\n"
-        "        max_model_len=64, kv_cache_memory_bytes=32 << 20)\n"
-    )
-    (tmp_path / "serve.py").write_text(script)
-    process = subprocess.run(
-        [sys.executable, str(tmp_path / "serve.py")],
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode != 0
-    assert "served on one tensor-parallel rank, found tensor parallel size 2" in process.stdout

@@ -187,11 +187,6 @@ def test_a_second_load_is_checked_by_itself():
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_tensor_parallelism_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"qkv_proj.*found tensor parallel size 2"):
-        qkv_layer(tp_size=2)
-
-
 def test_a_rank_beyond_the_layer_is_refused():
     with pytest.raises(CheckpointError, match=r"ranks\['v'\]: expected at most 16 .*\[16, 32\], found 17"):
         make_layer([Shard("v", 17)], [16])
