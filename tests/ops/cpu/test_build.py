@@ -8,7 +8,7 @@ import pytest
 
 from pifa_vllm.errors import PifaError
 from pifa_vllm.ops.cpu import build as module
-from pifa_vllm.ops.cpu.build import build, cache_directory, load
+from pifa_vllm.ops.cpu.build import TARGETS, build, cache_directory, load, prebuilt
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_the_cache_is_where_it_is_asked_to_be(monkeypatch, tmp_path):
 
 def test_it_is_compiled_once_and_again_for_other_sources(empty_cache, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "_compile", lambda compiler, path: (calls.append(path), path.touch()))
+    monkeypatch.setattr(module, "_compile", lambda compiler, flags, path: (calls.append(path), path.touch()))
     first = build()
     assert build() == first
     assert len(calls) == 1
@@ -48,6 +48,59 @@ def test_without_a_compiler_the_reason_is_given(empty_cache, monkeypatch, compil
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(PifaError, match="compiler"):
         build()
+
+
+V3 = "flags : abm avx2 bmi1 bmi2 f16c fma movbe sse4_2"
+V4 = V3 + " avx512bw avx512cd avx512dq avx512f avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "target"),
+    [
+        (V3, "x86-64-v3"),
+        (V4, "x86-64-v4"),
+        (V4.replace("avx512vl", ""), "x86-64-v3"),
+        (V4 + " avx512_bf16 amx_tile", "x86-64-v4-bf16"),
+        (V3 + " avx512_bf16", "x86-64-v3"),
+        (V3.replace(" fma", ""), None),
+        ("Features : fp asimd", "armv8-a"),
+    ],
+)
+def test_the_best_portable_build_that_the_processor_can_run(empty_cache, monkeypatch, cpuinfo, target):
+    monkeypatch.setattr(module, "_compile", lambda compiler, flags, path: path.touch())
+    monkeypatch.setattr(module, "_processor", lambda: cpuinfo)
+    assert prebuilt() is None
+    for name in TARGETS:
+        build(name)
+    found = prebuilt()
+    assert found == (build(target) if target else None)
+
+
+def test_a_portable_build_of_another_torch_or_source_is_not_taken(empty_cache, monkeypatch):
+    monkeypatch.setattr(module, "_compile", lambda compiler, flags, path: path.touch())
+    monkeypatch.setattr(module, "_processor", lambda: V3)
+    build("x86-64-v3")
+    assert prebuilt()
+    with monkeypatch.context() as other:
+        other.setattr(module.torch, "__version__", "0.0")
+        assert prebuilt() is None
+    with monkeypatch.context() as other:
+        other.setattr(module, "_FLAGS", (*module._FLAGS, "-DOTHER"))
+        assert prebuilt() is None
+
+
+def test_without_a_compiler_a_portable_build_is_taken_and_its_flags_are_the_targets(empty_cache, monkeypatch):
+    flags_of = []
+    monkeypatch.setattr(
+        module, "_compile", lambda compiler, flags, path: (flags_of.append(flags), path.touch())
+    )
+    monkeypatch.setattr(module, "_processor", lambda: V3)
+    portable = build("x86-64-v3")
+    assert "-march=x86-64-v3" in flags_of[0]
+    assert "-march=native" not in flags_of[0]
+    assert module._library() == build() != portable  # a compiler makes a better one
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert module._library() == portable
 
 
 def test_without_the_kernel_the_torch_ops_serve(tmp_path):
