@@ -41,3 +41,6 @@ SHAPES: dict[str, tuple[LayerShape, ...]] = {
     "llama2-70b": _llama(8192, 1024, 28672),
     "llama3-8b": _llama(4096, 1024, 14336),
 }
+
+# num_hidden_layers.
+LAYERS = {"llama2-7b": 32, "llama2-13b": 40, "llama2-70b": 80, "llama3-8b": 32}
