@@ -18,6 +18,8 @@ import urllib.request
 from collections.abc import Callable
 
 import psutil
+from pifa_vllm_server import startup
+from pifa_vllm_server.settings import ServerSettings
 
 from pifa_vllm.errors import PifaError
 
@@ -77,12 +79,29 @@ def parse_arguments(model: str, flags: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def add_server(arguments: argparse.Namespace, settings: ServerSettings) -> None:
+    """Put our layer around vLLM's app, and our questions into its workers, by vLLM's own flags.
+
+    Args:
+        arguments: from `parse_arguments`; changed in place.
+        settings: exported to the environment, where API server processes find them.
+    """
+    os.environ.update(settings.environment())
+    arguments.middleware = [*arguments.middleware, "pifa_vllm_server.app.PIFAServer"]
+    # Ours has the request's id.
+    arguments.disable_uvicorn_access_log = True
+    if not arguments.worker_extension_cls:
+        arguments.worker_extension_cls = "pifa_vllm_server.worker.PIFAWorkerExtension"
+    if not arguments.shutdown_timeout:
+        arguments.shutdown_timeout = settings.drain_timeout
+
+
 def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> None:
     """Run the server until SIGINT or SIGTERM.
 
     Args:
         arguments: from `parse_arguments`.
-        on_ready: called once with the server's URL, from another thread, when it is healthy.
+        on_ready: called once with the server's URL, from another thread, when it is ready.
     """
     import vllm.logger
     from vllm.entrypoints.cli.serve import cmd_init
@@ -93,7 +112,8 @@ def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> Non
     if hasattr(vllm.logger, "configure_logging_from_args"):
         vllm.logger.configure_logging_from_args(arguments)
     url = server_url(arguments)
-    threading.Thread(target=_announce, args=(url, on_ready), daemon=True).start()
+    done = startup.begin(arguments.model_tag)
+    threading.Thread(target=_announce, args=(url, on_ready, done), daemon=True).start()
     (command,) = cmd_init()
     command.cmd(arguments)
 
@@ -129,13 +149,14 @@ def check_port_is_free(arguments: argparse.Namespace) -> None:
             ) from error
 
 
-def _announce(url: str, on_ready: Callable[[str], None]) -> None:
+def _announce(url: str, on_ready: Callable[[str], None], done: threading.Event) -> None:
     # Our own server, whose certificate may be signed by anyone.
     trust = ssl._create_unverified_context() if url.startswith("https") else None
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2.0, context=trust):
+            with urllib.request.urlopen(f"{url}/ready", timeout=2.0, context=trust):
                 break
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_SECONDS)
+    done.set()
     on_ready(url)

@@ -1,0 +1,124 @@
+"""One request and its response, on their way through the server."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import cast
+
+from pifa_vllm_server.errors import RefusedError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# For the app to return after it was told that its client is gone.
+_LAST_SECONDS = 5.0
+
+
+class Exchange:
+    """Stands between the HTTP server and vLLM's app for one request.
+
+    Giving up a request tells the app that its client has disconnected, which is how vLLM frees what the request
+    holds in the engine. Cancelling alone would not: vLLM answers requests without streaming from a task of their
+    own.
+
+    Attributes:
+        status: of the response, None before it starts.
+        refusal: why the request was given up, None if it was not.
+        client_gone: whether the client closed the connection before the end.
+    """
+
+    def __init__(self, receive: Receive, send: Send, request_id: str, send_timeout: float) -> None:
+        self.status: int | None = None
+        self.refusal: RefusedError | None = None
+        self.client_gone = False
+        self._receive, self._send = receive, send
+        self._request_id = request_id.encode()
+        self._send_timeout = send_timeout
+        self._body: bytes | None = None
+        self._streams = self._complete = False
+        self._waiting: asyncio.Future[Message] | None = None
+
+    async def run(self, app: ASGIApp, scope: Scope, body: bytes | None = None, limit: float = 0.0) -> None:
+        """Run the app on the request, and see to it that there is an answer.
+
+        Args:
+            app: vLLM's.
+            scope: of the request.
+            body: if it has been read already.
+            limit: seconds after which the request is given up; 0 for no limit.
+        """
+        self._body = body
+        loop = asyncio.get_running_loop()
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        timers = []
+        if limit:
+            timeout = RefusedError(HTTPStatus.GATEWAY_TIMEOUT, "timeout", f"Given up after {limit:g} s.")
+            timers = [
+                loop.call_later(limit, self.give_up, timeout),
+                loop.call_later(limit + _LAST_SECONDS, task.cancel),
+            ]
+        try:
+            await app(scope, self._receive_for_app, self._send_for_app)
+        except asyncio.CancelledError:
+            if self.refusal is None:
+                raise
+        finally:
+            for timer in timers:
+                timer.cancel()
+        if self.refusal is not None:
+            await self.refuse(self.refusal)
+
+    def give_up(self, refusal: RefusedError) -> None:
+        """Tell the app that its client is gone; `run` answers with the refusal when the app has returned."""
+        self.refusal = self.refusal or refusal
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def refuse(self, refusal: RefusedError) -> None:
+        """Send a refusal: as the response, or as the last event of a stream that has begun."""
+        self.refusal = refusal
+        if self.client_gone or self._complete:
+            return
+        if self.status is None:
+            await refusal.response()({"type": "http"}, self._receive, self._pass_on)
+        elif self._streams and refusal.reason != "slow_client":
+            await self._pass_on({"type": "http.response.body", "body": refusal.event(), "more_body": False})
+
+    async def _receive_for_app(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        if self.refusal is None:
+            self._waiting = asyncio.ensure_future(self._receive())
+            try:
+                message = await self._waiting
+            except asyncio.CancelledError:
+                self._waiting.cancel()
+                if self.refusal is None:
+                    raise
+            else:
+                self.client_gone |= message["type"] == "http.disconnect" and not self._complete
+                return message
+            finally:
+                self._waiting = None
+        return {"type": "http.disconnect"}
+
+    async def _send_for_app(self, message: Message) -> None:
+        if self.refusal is None:
+            await self._pass_on(message)
+
+    async def _pass_on(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = message["headers"] = list(message.get("headers", ()))
+            self._streams = (b"content-type", b"text/event-stream; charset=utf-8") in headers
+            headers.append((b"x-request-id", self._request_id))
+        elif not message.get("more_body", False):
+            self._complete = True
+        try:
+            async with asyncio.timeout(self._send_timeout):
+                await self._send(message)
+        except TimeoutError:
+            # What a client leaves unread stays in the engine's and the server's memory.
+            self._complete = False
+            text = f"The client read nothing for {self._send_timeout:g} s."
+            self.give_up(RefusedError(HTTPStatus.REQUEST_TIMEOUT, "slow_client", text))

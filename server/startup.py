@@ -1,0 +1,45 @@
+"""What the log says while the server starts: what is going on, and how long it has taken."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+import psutil
+from pifa_vllm_server.memory import resident_by_role, server_pid
+
+logger = logging.getLogger("vllm.pifa_vllm_server")
+
+_EVERY_SECONDS = 10.0
+# Set by the process that was started, read by the API server processes that it starts.
+_STARTED = "PIFA_SERVER_STARTED_AT"
+
+
+def begin(what: str) -> threading.Event:
+    """Log that the server starts, and until the returned event is set, every ten seconds that it still does.
+
+    Args:
+        what: is to be loaded.
+    """
+    os.environ[_STARTED] = str(time.time())
+    done = threading.Event()
+    logger.info("starting: %s. Next: engine process, weights, compilation, KV cache.", what)
+    threading.Thread(target=_tell, args=(done,), daemon=True).start()
+    return done
+
+
+def started_at() -> float:
+    """When the server was started, in the seconds of time.time()."""
+    if _STARTED in os.environ:
+        return float(os.environ[_STARTED])
+    return psutil.Process(server_pid()).create_time()
+
+
+def _tell(done: threading.Event) -> None:
+    while not done.wait(_EVERY_SECONDS):
+        resident = sum(resident_by_role(set()).values())
+        logger.info(
+            "still starting after %.0f s, %.1f GB resident", time.time() - started_at(), resident / 1e9
+        )

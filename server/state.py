@@ -1,0 +1,110 @@
+"""What one API server process keeps while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pifa_vllm_server.memory import measure
+from pifa_vllm_server.metrics import ServerMetrics, count_tokens
+from pifa_vllm_server.model import ModelFacts, gather
+from pifa_vllm_server.protocol import LimitedProtocol
+from pifa_vllm_server.readiness import Readiness
+from pifa_vllm_server.security import Access
+from pifa_vllm_server.settings import ServerSettings
+from pifa_vllm_server.slots import Slots
+from pifa_vllm_server.startup import started_at
+from vllm import envs
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from vllm.engine.protocol import EngineClient
+
+logger = logging.getLogger("vllm.pifa_vllm_server")
+
+# Between two questions to the workers, which cost them a moment.
+_WORKER_SECONDS = 15.0
+# For connections to end after the engine has stopped.
+_CLOSE_SECONDS = 5
+
+
+@dataclass
+class ServerState:
+    """One API server process.
+
+    Attributes:
+        workers: what `PIFAWorkerExtension.pifa_memory` said last, by rank.
+    """
+
+    settings: ServerSettings
+    engine: EngineClient
+    metrics: ServerMetrics
+    facts: ModelFacts
+    readiness: Readiness
+    access: Access
+    slots: Slots
+    workers: list[dict[str, Any]]
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _asked: float = field(default_factory=time.monotonic)
+
+    def refresh(self) -> None:
+        """Bring the metrics that change up to date, before they are read."""
+        self.metrics.update(measure(self.workers))
+        if time.monotonic() - self._asked > _WORKER_SECONDS:
+            self._asked = time.monotonic()
+            self.start_task(self._ask())
+
+    def start_task(self, coroutine: Any) -> None:
+        """Run something in the background until the server stops."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def stop(self) -> None:
+        """End what runs in the background."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _ask(self) -> None:
+        self.workers = await ask_workers(self.engine) or self.workers
+
+
+async def open_state(app: FastAPI) -> ServerState:
+    """Build what the server needs around a running engine, when vLLM's app starts.
+
+    Args:
+        app: vLLM's, with its state initialised.
+    """
+    args, engine = app.state.args, app.state.engine_client
+    settings = ServerSettings()
+    metrics = ServerMetrics()
+    workers = await ask_workers(engine)
+    facts = gather(engine.vllm_config, workers)
+    metrics.describe(facts)
+    metrics.load_seconds.set(time.time() - started_at())
+    slots = Slots(-(-settings.max_concurrent_requests // (args.api_server_count or 1)), metrics)
+    slots.drain_before_stop(engine)
+    config = app.state.server.config
+    if config.http_protocol_class.__name__ == LimitedProtocol.__base__.__name__:
+        config.http_protocol_class = partial(LimitedProtocol, settings=settings)
+    config.timeout_graceful_shutdown = config.timeout_graceful_shutdown or _CLOSE_SECONDS
+    keys = args.api_key or [envs.VLLM_API_KEY]
+    readiness = Readiness(engine, settings, metrics, count_tokens(engine, metrics), slots)
+    state = ServerState(settings, engine, metrics, facts, readiness, Access(keys, settings), slots, workers)
+    state.refresh()
+    state.start_task(readiness.watch())
+    return state
+
+
+async def ask_workers(engine: EngineClient) -> list[dict[str, Any]]:
+    """Ask every rank about its memory; no answer where the worker extension is not mixed in."""
+    try:
+        found: list[dict[str, Any]] = await engine.collective_rpc("pifa_memory", timeout=10.0)
+    except Exception as error:  # anything the workers raise; the server does not depend on it
+        logger.warning("the workers do not tell their memory (%s: %s)", type(error).__name__, error)
+        return []
+    return found
