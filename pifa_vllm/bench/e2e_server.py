@@ -1,0 +1,207 @@
+"""One vLLM server of the end-to-end benchmark: started, watched, stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from pifa_vllm.errors import PifaError
+
+_START_SECONDS = 600.0
+_STOP_SECONDS = 60.0
+_LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
+_CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+# What decides how a server runs, beside its flags.
+_SETTINGS = ("VLLM_", "OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES")
+
+
+class Server:
+    """`pifa-vllm serve` in a subprocess, ready when the context is entered and stopped when it is left.
+
+    Attributes:
+        url: without /v1.
+        environment: of the process.
+        start: {"seconds": from the start of the process until it is healthy, "weights_seconds": of these, what
+            vLLM's loader reports, None where its log does not say}.
+
+    Args:
+        name: of the server, also the model's name in its API.
+        directory: the checkpoint.
+        dtype: to serve it in.
+        log: file for the server's output.
+        kv_cache_bytes: memory for the KV cache.
+        plugins: False makes vLLM load no plugin at all, ours among them.
+        flags: further flags of `vllm serve`.
+
+    Raises:
+        PifaError: if it does not become ready, with the end of its log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        dtype: torch.dtype,
+        log: Path,
+        *,
+        kv_cache_bytes: int,
+        plugins: bool,
+        flags: list[str],
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.start: dict[str, float | None] = {}
+        self._kv_cache_bytes = kv_cache_bytes
+        self.environment = dict(os.environ) | ({} if plugins else {"VLLM_PLUGINS": ""})
+        self._command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory)]
+        self._command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        self._command += ["--served-model-name", name, "--dtype", str(dtype).removeprefix("torch.")]
+        # A prompt that was seen before must cost what it cost the first time.
+        self._command += [
+            "--kv-cache-memory-bytes",
+            str(kv_cache_bytes),
+            "--no-enable-prefix-caching",
+            *flags,
+        ]
+
+    def __enter__(self) -> Server:
+        """Start and wait until it is healthy."""
+        started = time.monotonic()
+        with self.log.open("w") as log:
+            # Its own session, so that Ctrl-C reaches the benchmark alone, which then stops the server in order.
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        try:
+            while not self._healthy():
+                if self._process.poll() is not None:
+                    raise self._failure(
+                        f"ended with exit code {self._process.returncode} before it was ready"
+                    )
+                if time.monotonic() - started > _START_SECONDS:
+                    raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
+                time.sleep(0.1)
+        except BaseException:
+            self._stop()
+            raise
+        loaded = _LOADED.search(self.log.read_text(errors="replace"))
+        self.start = {
+            "seconds": time.monotonic() - started,
+            "weights_seconds": float(loaded[1]) if loaded else None,
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self._stop()
+
+    def memory(self) -> dict[str, int]:
+        """Measure its memory so far, in bytes.
+
+        Returns:
+            "peak_rss_bytes": the sum of its processes' peaks; "engine_peak_rss_bytes": of the largest, which
+            holds the weights; "gpu_bytes": what they hold on NVIDIA GPUs, where there are any; "kv_cache_bytes"
+            and "kv_cache_tokens": reserved for the KV cache, and how many tokens fit in that.
+        """
+        root = psutil.Process(self._process.pid)
+        pids = [root.pid, *(child.pid for child in root.children(recursive=True))]
+        peaks = [_peak_rss(pid) for pid in pids]
+        found = {
+            "peak_rss_bytes": sum(peaks),
+            "engine_peak_rss_bytes": max(peaks),
+            "kv_cache_bytes": self._kv_cache_bytes,
+            "kv_cache_tokens": self._kv_cache_tokens(),
+        }
+        if torch.cuda.is_available():
+            found["gpu_bytes"] = _gpu_bytes(set(pids))
+        return found
+
+    def cpu_seconds(self) -> float:
+        """CPU time of its processes so far."""
+        root = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+        return sum(t.user + t.system for t in times)
+
+    def _kv_cache_tokens(self) -> int:
+        text = self._get("/metrics")
+        labels: dict[str, str] = (
+            dict(re.findall(r'(\w+)="([^"]*)"', match[1])) if (match := _CACHE.search(text)) else {}
+        )
+        try:
+            return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+        except (KeyError, ValueError) as error:
+            raise PifaError(
+                f"{self.url}/metrics: expected num_gpu_blocks and block_size in vllm:cache_config_info, found "
+                f"{labels}."
+            ) from error
+
+    def _healthy(self) -> bool:
+        try:
+            self._get("/health")
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30.0) as response:
+            text: str = response.read().decode()
+        return text
+
+    def _stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _failure(self, what: str) -> PifaError:
+        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return PifaError(f"the server {self.name} {what}. The end of its log, {self.log}:\n{end}")
+
+
+def settings() -> dict[str, str]:
+    """The environment variables that every server inherits and that change how it runs."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)}
+
+
+def _peak_rss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # a process that has just ended
+
+
+def _gpu_bytes(pids: set[int]) -> int:
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows: list[list[Any]] = [line.split(",") for line in lines if line.strip()]
+    return sum(int(mib) << 20 for pid, mib in rows if int(pid) in pids)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

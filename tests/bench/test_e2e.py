@@ -1,0 +1,234 @@
+"""The end-to-end benchmark once on models too small to say anything, and everything around it without a server."""
+
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pifa_vllm.bench import e2e as module
+from pifa_vllm.bench.e2e import e2e, parse_servers, random_models, real_models
+from pifa_vllm.bench.e2e_load import Workload
+from pifa_vllm.bench.e2e_models import SHAPES, ranks_of, save_random_model, weight_bytes
+from pifa_vllm.bench.e2e_report import memory_table, plot, rate, ratios, speed_table
+from pifa_vllm.bench.e2e_server import Server
+from pifa_vllm.checkpoint import Checkpoint
+from pifa_vllm.cli import main
+from pifa_vllm.errors import PifaError
+
+TINY = SHAPES["tiny"]
+
+
+class StubServer:
+    """A server that is ready at once."""
+
+    started: ClassVar[list[tuple[str, bool, list[str]]]] = []
+
+    def __init__(self, name, directory, dtype, log, *, kv_cache_bytes, plugins, flags):
+        self.name, self.url = name, f"http://{name}"
+        self.start = {"seconds": 2.0, "weights_seconds": 0.5}
+        self.kv_cache_bytes, self.plugins, self.flags = kv_cache_bytes, plugins, flags
+
+    def __enter__(self):
+        self.started.append((self.name, self.plugins, self.flags))
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def cpu_seconds(self):
+        return 0.0
+
+    def memory(self):
+        return {
+            "peak_rss_bytes": 3_000_000,
+            "engine_peak_rss_bytes": 2_000_000,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "kv_cache_tokens": self.kv_cache_bytes // 1000,
+        }
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The rounds that were sent; PIFA answers twice as fast."""
+    calls = []
+
+    def send(url, model, workload, vocab_size, seed):
+        calls.append((model, seed, workload.output_len))
+        seconds = (0.2 if model.startswith("dense") else 0.1) * (1 + 0.1 * seed)
+        return {
+            "duration": seconds * workload.output_len,
+            "input_tokens": workload.input_len * workload.num_prompts,
+            "output_tokens": workload.output_len * workload.num_prompts,
+            "ttft": [seconds] * workload.num_prompts,
+            "tpot": [seconds] * workload.num_prompts if workload.output_len > 1 else [],
+        }
+
+    monkeypatch.setattr(module, "send", send)
+    monkeypatch.setattr(module, "Server", StubServer)
+    monkeypatch.setattr(StubServer, "started", [])
+    return calls
+
+
+def measure(tmp_path, workloads, servers="dense-float32,pifa-float32", **options):
+    served, model = random_models(parse_servers(servers), "tiny", 0.5, tmp_path)
+    settings = {"model": model, "rounds": 3, "kv_cache_bytes": 10**6, "flags": ["--enforce-eager"]}
+    output = tmp_path / "results.json"
+    parsed = [Workload.parse(x) for x in workloads]
+    return e2e(
+        served, parsed, output, tmp_path, **{**settings, **options}, command="pifa-vllm bench e2e", say=print
+    )
+
+
+@pytest.mark.parametrize("form", ["dense", "pifa", "lowrank"])
+def test_random_models_are_whole_and_load(tmp_path, form):
+    save_random_model(tmp_path / form, TINY, form, 0.5, torch.bfloat16)
+    found = weight_bytes(tmp_path / form, torch.float32)
+    dense = sum(x.m * x.n for x in TINY.linears) * 4
+    assert found["dense_linear"] == dense
+    # Norms, embedding and lm_head come on top.
+    assert found["total"] - found["linear"] == (5 * 128 + 2 * 512 * 128) * 4
+    if form == "dense":
+        assert found["linear"] == dense
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+    else:
+        checkpoint = Checkpoint.open(tmp_path / form)
+        checkpoint.verify()
+        kept = sum(entry.parameters for entry in checkpoint.modules.values())
+        assert found["linear"] == kept * 4 + sum(4 * rank for rank in checkpoint.config.ranks.values())
+        assert all(rank % 16 == 0 for rank in checkpoint.config.ranks.values())
+        assert checkpoint.config.provenance == {"weights": "random"}
+        import pifa_vllm  # noqa: F401  # makes transformers know the format
+
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
+    logits = model(torch.arange(10, 40)[None]).logits.float()
+    assert torch.isfinite(logits).all()
+    # Random weights of any form keep the scale of the residual stream, so none is served denormals or overflows.
+    assert 0.1 < float(logits.std()) < 10.0
+
+
+def test_the_stand_in_for_plain_low_rank_has_its_number_of_parameters():
+    shape = SHAPES["1b"]
+    pifa, stand_in = (ranks_of(shape, form, 0.5) for form in ("pifa", "lowrank"))
+    kept = sum(r * (x.m + x.n) - r * r for x in shape.linears for r in [stand_in[x.name]])
+    wanted = sum(pifa[x.name] * (x.m + x.n) for x in shape.linears)
+    assert kept == pytest.approx(wanted, rel=1e-3)
+    assert kept <= wanted
+    dense = sum(x.m * x.n for x in shape.linears)
+    assert 0.499 < sum(r * (x.m + x.n) - r * r for x in shape.linears for r in [pifa[x.name]]) / dense <= 0.5
+    assert dense + 2 * 32000 * 2048 == pytest.approx(1.1e9, rel=0.01)
+    assert ranks_of(shape, "dense", 0.5) == {}
+
+
+def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, sent):
+    results = measure(tmp_path, ["16/8/2"])
+    pair = ["dense-float32", "pifa-float32"]
+    # Warm-ups first, then A B A B; the same prompts for both.
+    assert sent == [(name, -1, 2) for name in pair] + [(name, i, 8) for i in range(3) for name in pair]
+    assert StubServer.started == [
+        ("dense-float32", False, ["--max-model-len", "24", "--enforce-eager"]),
+        ("pifa-float32", True, ["--max-model-len", "24", "--enforce-eager"]),
+    ]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["model"]["weights"] == "random"
+
+    sent.clear()
+    again = measure(tmp_path, ["16/8/2", "64/1/1"])
+    assert len(again["cells"]) == 2
+    assert {length for _, _, length in sent} == {1}
+    assert len(again["servers"]["dense-float32"]["starts"]) == 2
+    sent.clear()
+    assert measure(tmp_path, ["16/8/2", "64/1/1"]) == again
+    assert sent == []
+    # Another set of servers is another measurement; another model starts a new file.
+    assert len(measure(tmp_path, ["64/1/1"], servers="pifa-float32,dense-float32")["cells"]) == 3
+    assert len(measure(tmp_path, ["64/1/1"], model={"name": "other"})["cells"]) == 1
+
+
+def test_tables_and_plot(tmp_path, sent):
+    results = measure(tmp_path, ["16/8/2", "64/1/1"])
+    generation, prefill = results["cells"]
+    assert rate(Workload(**generation["workload"]), generation["rounds"][0]) == pytest.approx(2 / 0.2)
+    assert rate(Workload(**prefill["workload"]), prefill["rounds"][0]) == pytest.approx(64 / 0.2)
+    assert ratios(generation, "pifa-float32") == pytest.approx((2.0, 2.0, 2.0))
+    lines = speed_table(results).splitlines()
+    assert lines[2] == "| 16 in, 8 out, 2 requests | dense-float32 |  | 9.1 | 220 | 240 | 220 | 240 | 1 |"
+    assert (
+        lines[5]
+        == "| 64 in, 1 out, 1 request | pifa-float32 | 581.8 |  | 110 | 120 |  |  | 2.00x (2.00 to 2.00) |"
+    )
+    dense, pifa = memory_table(results).splitlines()[2:]
+    assert dense == "| dense-float32 | 1 | 1 | 1.0000 | 1000 | 3 | 2.0 | 0.50 |"
+    saved = weight_bytes(tmp_path / "random-tiny-dense-float32", torch.float32)["total"]
+    saved -= weight_bytes(tmp_path / "random-tiny-pifa-0.5-float32", torch.float32)["total"]
+    assert pifa.split("|")[5].strip() == str(round(1000 + saved / 1000))
+    # Slower rounds must show.
+    next(row for row in prefill["rounds"] if row["server"] == "pifa-float32")["duration"] *= 4
+    assert ratios(prefill, "pifa-float32")[1] == pytest.approx(0.5)
+    plot(results, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--servers", "dense"], "--servers: expected different ones of dense, pifa, lowrank"),
+        (["--servers", "pifa-float32,pifa-float32"], "found 'pifa-float32' in"),
+        (["--servers", "pifa-int4"], "found 'pifa-int4'"),
+        (["--workloads", "32/32"], "--workloads: expected INPUT/OUTPUT/CONCURRENCY"),
+        (["--workloads", "32/0/1"], "found '32/0/1'"),
+        (["--rounds", "0"], "--rounds: expected a number above 0, found 0"),
+        (["--shape", "7b"], "--shape: expected one of 1b, tiny, found '7b'"),
+        (["--density", "1.5"], "--density: expected numbers in (0, 1], found 1.5"),
+        (["--dense", "somewhere"], "--dense and --pifa: expected both or neither"),
+    ],
+)
+def test_refusals(options, message, tmp_path, capsys):
+    assert main(["bench", "e2e", "--output", "o.json", "--work-dir", str(tmp_path / "w"), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_real_models_have_no_stand_in(tmp_path):
+    with pytest.raises(PifaError, match="found lowrank"):
+        real_models(parse_servers("lowrank-float32"), tmp_path, tmp_path)
+
+
+def test_dense_models_are_served_by_vllm_without_plugins(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    options = {"kv_cache_bytes": 1, "flags": []}
+    arguments = ("name", tmp_path, torch.float32, tmp_path / "log")
+    assert Server(*arguments, plugins=False, **options).environment["VLLM_PLUGINS"] == ""
+    assert "VLLM_PLUGINS" not in Server(*arguments, plugins=True, **options).environment
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
+    pytest.importorskip("vllm")
+    server = Server(
+        "a", tmp_path / "no", torch.float32, tmp_path / "log", kv_cache_bytes=1, plugins=True, flags=[]
+    )
+    with pytest.raises(PifaError, match="expected a model directory, found none"), server:
+        pass
+
+
+@pytest.mark.vllm
+def test_real_servers_answer_the_load_generator(tmp_path, capsys):
+    pytest.importorskip("vllm")
+    output = tmp_path / "results.json"
+    flags = ["--shape", "tiny", "--kv-cache-gib", "0.0625", "--enforce-eager", "--rounds", "1"]
+    flags += ["--servers", "pifa-float32,dense-float32", "--workloads", "16/4/2"]
+    assert main(["bench", "e2e", "--output", str(output), "--work-dir", str(tmp_path), *flags]) == 0
+    results = json.loads(output.read_text())
+    (cell,) = results["cells"]
+    assert [row["server"] for row in cell["rounds"]] == ["pifa-float32", "dense-float32"]
+    for row in cell["rounds"]:
+        assert (row["input_tokens"], row["output_tokens"]) == (32, 8)
+        assert len(row["ttft"]) == len(row["tpot"]) == 2
+        assert 0.0 < min(row["ttft"]) < row["duration"]
+    for name, server in results["servers"].items():
+        assert server["starts"][0]["seconds"] > server["starts"][0]["weights_seconds"] > 0.0
+        assert server["memory"]["kv_cache_tokens"] > 1000, name
+        assert server["memory"]["peak_rss_bytes"] > server["memory"]["engine_peak_rss_bytes"] > 10**8
+        log = (tmp_path / f"{name}.log").read_text()
+        assert ("quantization=pifa" in log) == name.startswith("pifa")
+    assert "16 in, 4 out, 2 requests" in capsys.readouterr().out
