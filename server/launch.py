@@ -105,9 +105,9 @@ def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> Non
     """
     import vllm.logger
     from vllm.entrypoints.cli.serve import cmd_init
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    # As the `vllm` command does; the function for it moves about from release to release.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # Before vLLM 0.31 there are no flags for it, and the environment is read on import.
     if hasattr(vllm.logger, "configure_logging_from_args"):
         vllm.logger.configure_logging_from_args(arguments)
