@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("vllm.pifa_vllm_server")
 
+_POLICY_VIOLATION = 1008  # RFC 6455
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -44,8 +45,12 @@ class PIFAServer:
         elif self.state is not None and scope["type"] == "http":
             await self._serve(self.state, scope, receive, send)
         elif self.state is not None and scope["type"] == "websocket":
-            self.state.access.check("GET", _path(scope), MutableHeaders(scope=scope))
-            await self.app(scope, receive, send)
+            try:
+                self.state.access.check("GET", _path(scope), MutableHeaders(scope=scope))
+            except RefusedError:
+                await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            else:
+                await self.app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

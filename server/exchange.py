@@ -93,7 +93,7 @@ class Exchange:
                 message = await self._waiting
             except asyncio.CancelledError:
                 self._waiting.cancel()
-                if self.refusal is None:
+                if self.refusal is None or cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
                     raise
             else:
                 self.client_gone |= message["type"] == "http.disconnect" and not self._complete
@@ -105,6 +105,9 @@ class Exchange:
     async def _send_for_app(self, message: Message) -> None:
         if self.refusal is None:
             await self._pass_on(message)
+        else:
+            # An app that never waits for anything else would never learn that its client is gone.
+            await asyncio.sleep(0)
 
     async def _pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -130,5 +130,4 @@ def _too_large(size: int, settings: ServerSettings) -> RefusedError:
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         "body",
         f"Expected a body of at most {settings.max_body_bytes} bytes, found {size}.",
-        headers={"Connection": "close"},
     )

@@ -21,7 +21,6 @@ PUBLIC = frozenset(
         "/v2",
         "/classify",
         "/dashboard",
-        "/derender",
         "/detokenize",
         "/docs",
         "/generative_scoring",
@@ -43,8 +42,8 @@ PUBLIC = frozenset(
         "/version",
     }
 )
-# Below /v1, but for whoever runs the server.
-ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+# Below those, but for whoever runs the server: other clients' requests can be aborted by their ids.
+ADMIN = frozenset({"/inference/v1/abort_requests", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 # Probes of an orchestrator have no key.
 OPEN = frozenset({"/health", "/ready"})
 

@@ -150,3 +150,14 @@ def test_info_tells_model_ranks_provenance_and_versions(server, checkpoint):
     assert info["settings"]["max_concurrent_requests"] == 48
     assert info["provenance"] == {}
     assert str(checkpoint) not in str(info)
+
+
+def test_readme_names_every_setting_and_its_default():
+    from pifa_vllm_server.settings import ServerSettings
+
+    documented = {}
+    for line in README.read_text().splitlines():
+        if found := re.match(r"\| `(\w+)` \| (\S+) \| (.*) \|$", line):
+            documented[found[1]] = (found[2], found[3])
+    fields = ServerSettings.model_fields
+    assert documented == {name: (str(f.default), f.description) for name, f in fields.items()}

@@ -1,0 +1,200 @@
+"""What our layer costs: the same checkpoint behind `pifa-vllm serve` and behind bare vLLM, in one run.
+
+    python -m pifa_vllm_server.overhead DIR --output overhead.json
+
+Both servers are started before anything is measured and stay up; requests go to them in turn, so that whatever else
+slows the machine slows both. Bare vLLM is its own API server module with the same flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from pifa_vllm_server.launch import set_cpu_defaults
+from pifa_vllm_server.model import versions
+
+from pifa_vllm.errors import PifaError
+
+_SERVERS = ("pifa-vllm", "vllm")
+
+
+@contextmanager
+def running(name: str, directory: Path, flags: list[str], log: Path) -> Iterator[str]:
+    """Run a server until the end of the block; yields its URL once it answers.
+
+    Raises:
+        PifaError: with the end of its log if it does not start.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m"]
+    if name == "vllm":
+        command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(directory)]
+    else:
+        command += ["pifa_vllm", "serve", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", *flags]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            if process.poll() is not None:
+                raise PifaError(f"{name} did not start: {log.read_text()[-2000:]}")
+            try:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+async def first_token(client: httpx.AsyncClient, url: str, prompt: str) -> float:
+    """Seconds until the first piece of a streamed answer arrives."""
+    request = {"model": "model", "prompt": prompt, "max_tokens": 4, "stream": True, "ignore_eos": True}
+    began = time.perf_counter()
+    async with client.stream("POST", f"{url}/v1/completions", json=request) as response:
+        response.raise_for_status()
+        lines = response.aiter_lines()
+        while not (await anext(lines)).startswith("data: {"):
+            pass
+        seconds = time.perf_counter() - began
+        async for _ in lines:
+            pass
+    return seconds
+
+
+async def throughput(client: httpx.AsyncClient, url: str, at_once: int, tokens: int, seed: int) -> float:
+    """Generated tokens per second of streamed answers, `at_once` of them together."""
+
+    async def one(i: int) -> None:
+        prompt = f"Request {seed}.{i}: once upon a time there was"
+        request = {
+            "model": "model",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        async with client.stream("POST", f"{url}/v1/completions", json=request) as response:
+            response.raise_for_status()
+            async for _ in response.aiter_lines():
+                pass
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one(i) for i in range(at_once)))
+    return at_once * tokens / (time.perf_counter() - began)
+
+
+async def measure(
+    urls: dict[str, str], rounds: int, requests: int, at_once: int, tokens: int
+) -> dict[str, dict[str, list[float]]]:
+    """Ask the servers in turn.
+
+    Args:
+        urls: by name of the server.
+        rounds: of throughput.
+        requests: for the first token.
+        at_once: requests together, for throughput.
+        tokens: of each of those.
+
+    Returns:
+        By name: ttft_seconds, one per request, and tokens_per_second, one per round; the same index was measured
+        at about the same time.
+    """
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"ttft_seconds": [], "tokens_per_second": []} for name in urls
+    }
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        for url in urls.values():  # warm
+            await throughput(client, url, at_once, tokens, -1)
+        for i in range(requests):
+            # Each goes first as often as the other.
+            for name in sorted(urls, reverse=bool(i % 2)):
+                seconds = await first_token(client, urls[name], f"Question {i}: what is the capital of")
+                found[name]["ttft_seconds"].append(seconds)
+        for i in range(rounds):
+            for name in sorted(urls, reverse=bool(i % 2)):
+                rate = await throughput(client, urls[name], at_once, tokens, i)
+                found[name]["tokens_per_second"].append(rate)
+    return found
+
+
+def summarize(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Compare in pairs: medians of the differences between neighbours in time.
+
+    Returns:
+        ttft_added_seconds; throughput_ratio, ours / bare; each with the quartiles of its pairs.
+    """
+    ours, bare = (found[name] for name in _SERVERS)
+    added = [a - b for a, b in zip(ours["ttft_seconds"], bare["ttft_seconds"], strict=True)]
+    ratios = [a / b for a, b in zip(ours["tokens_per_second"], bare["tokens_per_second"], strict=True)]
+    return {
+        "ttft_added_seconds": statistics.median(added),
+        "ttft_added_quartiles": statistics.quantiles(added, n=4),
+        "ttft_seconds": {name: statistics.median(found[name]["ttft_seconds"]) for name in _SERVERS},
+        "throughput_ratio": statistics.median(ratios),
+        "throughput_ratio_quartiles": statistics.quantiles(ratios, n=4),
+        "tokens_per_second": {name: statistics.median(found[name]["tokens_per_second"]) for name in _SERVERS},
+    }
+
+
+def main() -> None:
+    """Run the comparison and write its JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="checkpoint directory")
+    parser.add_argument("--name", help="of the model in the result (default: the directory's)")
+    parser.add_argument("--requests", type=int, default=60, help="for the first token (default: 60)")
+    parser.add_argument("--rounds", type=int, default=10, help="of throughput (default: 10)")
+    parser.add_argument("--at-once", type=int, default=8, help="requests together (default: 8)")
+    parser.add_argument("--tokens", type=int, default=32, help="of each of those (default: 32)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    args, flags = parser.parse_known_args()  # the rest goes to both servers
+
+    set_cpu_defaults(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {name: Path(folder) / f"{name}.log" for name in _SERVERS}
+        with (
+            running("pifa-vllm", args.model, flags, logs["pifa-vllm"]) as ours,
+            running("vllm", args.model, flags, logs["vllm"]) as bare,
+        ):
+            urls = {"pifa-vllm": ours, "vllm": bare}
+            found = asyncio.run(measure(urls, args.rounds, args.requests, args.at_once, args.tokens))
+    report = {
+        "model": args.name or args.model.name,
+        "flags": flags,
+        "at_once": args.at_once,
+        "tokens": args.tokens,
+        "machine": {"cores": psutil.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "versions": versions(),
+        "summary": summarize(found),
+        "measured": found,
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Requests that are given up: the app learns that its client is gone, and the client what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from http import HTTPStatus
+
+import pytest
+
+pytest.importorskip("starlette")
+
+from pifa_vllm_server.errors import RefusedError
+from pifa_vllm_server.exchange import Exchange
+from pifa_vllm_server.limits import ClientGoneError, read_body
+from pifa_vllm_server.settings import ServerSettings
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+
+SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/", "headers": []}
+
+
+class Client:
+    """The other end: it sends nothing after its request, and reads what it gets unless told to stop."""
+
+    def __init__(self, leaves: bool = False, reads: bool = True) -> None:
+        self.leaves, self.reads = leaves, reads
+        self.messages: list[dict] = []
+
+    async def receive(self):
+        if self.leaves:
+            return {"type": "http.disconnect"}
+        await asyncio.Event().wait()
+
+    async def send(self, message):
+        self.messages.append(message)
+        if not self.reads:
+            await asyncio.Event().wait()
+
+    @property
+    def status(self):
+        return self.messages[0]["status"]
+
+    @property
+    def body(self):
+        return b"".join(m.get("body", b"") for m in self.messages[1:])
+
+
+def run(app, client, *, limit=0.0, send_timeout=5.0):
+    exchange = Exchange(client.receive, client.send, "id-1", send_timeout)
+
+    async def both():
+        async with asyncio.timeout(30):
+            await exchange.run(app, dict(SCOPE), b"{}", limit)
+
+    asyncio.run(both())
+    return exchange
+
+
+def test_answers_pass_with_their_request_id():
+    async def app(scope, receive, send):
+        assert await Request(scope, receive).json() == {}
+        await JSONResponse({"a": 1})(scope, receive, send)
+
+    client = Client()
+    exchange = run(app, client, limit=10)
+    assert (client.status, json.loads(client.body)) == (200, {"a": 1})
+    assert (b"x-request-id", b"id-1") in client.messages[0]["headers"]
+    assert exchange.refusal is None
+
+
+def waits_until_its_client_leaves(left):
+    async def app(scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+        left.append(True)
+        # vLLM's handlers then return nothing, of which FastAPI makes a response.
+        await JSONResponse(None)(scope, receive, send)
+
+    return app
+
+
+def test_timeout_before_the_answer():
+    left, client = [], Client()
+    exchange = run(waits_until_its_client_leaves(left), client, limit=0.05)
+    assert left
+    assert client.status == 504
+    assert json.loads(client.body)["error"]["message"] == "Given up after 0.05 s."
+    assert exchange.refusal.reason == "timeout"
+
+
+def test_timeout_in_a_stream_ends_it_with_an_error():
+    closed = []
+
+    async def events():
+        try:
+            while True:
+                yield "data: {}\n\n"
+                await asyncio.sleep(0.01)
+        finally:
+            closed.append(True)
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    client = Client()
+    run(app, client, limit=0.1)
+    assert closed
+    assert client.status == 200
+    last = client.body.split(b"\n\n")[-2]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == 504
+    assert client.messages[-1].get("more_body", False) is False
+
+
+def test_an_app_that_does_not_listen_is_cancelled(monkeypatch):
+    monkeypatch.setattr("pifa_vllm_server.exchange._LAST_SECONDS", 0.05)
+
+    async def app(scope, receive, send):
+        await asyncio.Event().wait()
+
+    client = Client()
+    run(app, client, limit=0.05)
+    assert client.status == 504
+
+
+def test_cancelling_from_outside_is_passed_on():
+    async def app(scope, receive, send):
+        asyncio.current_task().cancel()
+        await asyncio.sleep(1)
+
+    with pytest.raises(asyncio.CancelledError):
+        run(app, Client(), limit=5)
+
+
+def test_a_client_that_reads_nothing_is_left():
+    closed = []
+
+    async def events():
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    exchange = run(app, Client(reads=False), send_timeout=0.05)
+    assert closed
+    assert exchange.refusal.reason == "slow_client"
+
+
+def test_a_client_that_leaves_is_known_to_have():
+    left = []
+    exchange = run(waits_until_its_client_leaves(left), Client(leaves=True))
+    assert left
+    assert exchange.client_gone
+    assert exchange.refusal is None
+
+
+def test_bodies_are_limited_in_size_and_time():
+    def read(*messages, **settings):
+        queue = list(messages)
+
+        async def receive():
+            if queue:
+                return queue.pop(0)
+            await asyncio.Event().wait()
+
+        return asyncio.run(read_body(receive, ServerSettings(**settings)))
+
+    piece = {"type": "http.request", "body": b"abc", "more_body": True}
+    last = {**piece, "more_body": False}
+    assert read(piece, last) == b"abcabc"
+    assert read({"type": "http.request"}) == b""
+    with pytest.raises(RefusedError, match="at most 5 bytes, found 6") as caught:
+        read(piece, last, max_body_bytes=5)
+    assert caught.value.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    with pytest.raises(RefusedError, match=r"within 0.05 s, found 3 bytes"):
+        read(piece, body_timeout=0.05)
+    with pytest.raises(ClientGoneError):
+        read(piece, {"type": "http.disconnect"})

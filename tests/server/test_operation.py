@@ -1,0 +1,149 @@
+"""Two API server processes with a key, short timeouts and JSON logs: what an operator relies on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.server.serving import Server, assert_openai_error, chat
+
+pytestmark = pytest.mark.vllm
+
+KEY = {"Authorization": "Bearer secret-of-the-test"}
+PROMPT = "a prompt that is nobody's business"
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint, tmp_path_factory):
+    running = Server(
+        checkpoint,
+        tmp_path_factory.mktemp("log") / "server.log",
+        *("--api-server-count", "2", "--max-model-len", "512"),
+        *("--api-key", KEY["Authorization"].removeprefix("Bearer ")),
+        *("--logging-config.formatter", "json"),
+        *("--server.max-concurrent-requests", "64", "--server.request-timeout", "20"),
+        *("--server.body-timeout", "2", "--server.ready-interval", "1000"),
+        PIFA_SERVER_DRAIN_TIMEOUT="20",
+    )
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.process.kill()
+
+
+def post(server, **fields):
+    request = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, **fields}
+    return httpx.post(f"{server.url}/v1/completions", json=request, headers=KEY, timeout=120)
+
+
+def logged(server):
+    """The log's lines about requests, as objects."""
+    found = []
+    for line in server.log.read_text().splitlines():
+        if line.startswith("{") and "request_id" in line:
+            found.append(json.loads(line))
+    return found
+
+
+def test_the_key_guards_the_running_server(pair):
+    for path in ("/metrics", "/v1/models", "/pifa/info", "/dashboard", "/docs", "/openapi.json", "/load"):
+        assert_openai_error(httpx.get(f"{pair.url}{path}"), 401, "API key")
+        assert httpx.get(f"{pair.url}{path}", headers=KEY).status_code == 200
+    assert_openai_error(chat(pair.url), 401)
+    for path in ("/health", "/ready"):
+        assert httpx.get(f"{pair.url}{path}").status_code == 200
+    assert_openai_error(httpx.post(f"{pair.url}/scale_elastic_ep", headers=KEY), 404)
+    # What a browser sends after it has asked for the key.
+    page = httpx.get(f"{pair.url}/dashboard", auth=("me", "secret-of-the-test"))
+    assert page.status_code == 200
+    models = httpx.get(f"{pair.url}/v1/models", auth=("me", "secret-of-the-test"))
+    assert models.json()["data"][0]["id"] == "tiny"
+
+
+def test_metrics_are_those_of_all_processes(pair):
+    before = pair.metrics(**KEY)
+    for _ in range(12):  # each on a connection of its own, so both processes get some
+        assert post(pair).status_code == 200
+    values = set()
+    for _ in range(6):
+        metrics = pair.metrics(**KEY)
+        values.add(metrics.total("pifa_generation_tokens_total"))
+    assert values == {before.total("pifa_generation_tokens_total") + 36}
+    assert len(metrics.labels("pifa_density_ratio")) == 1
+    assert metrics.total("pifa_requests_active_limit") == 64
+    assert metrics.total("pifa_requests_active") == 0
+    assert metrics.total("pifa_ready") == 1
+    assert metrics.total("pifa_device_memory_bytes", part="kv_cache") == metrics.total("pifa_kv_cache_bytes")
+    assert metrics.total("pifa_process_resident_bytes") == pytest.approx(pair.resident(), rel=0.1)
+    assert metrics.total("pifa_process_resident_bytes", role="other") < 100e6
+
+
+def test_logs_are_json_with_ids_and_without_prompts(pair):
+    assert post(pair, user="x").headers["x-request-id"]
+    sent = {**KEY, "X-Request-Id": "an-id-of-the-client"}
+    request = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1}
+    answer = httpx.post(f"{pair.url}/v1/completions?q={PROMPT}", json=request, headers=sent, timeout=60)
+    assert answer.headers["x-request-id"] == "an-id-of-the-client"
+    assert "an-id-of-the-client" in answer.json()["id"]
+    (line,) = [line for line in logged(pair) if line["request_id"] == "an-id-of-the-client"]
+    assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
+    assert line["seconds"] > 0
+    # An id that could forge a line of the log is replaced.
+    forged = httpx.get(f"{pair.url}/v1/models", headers={**KEY, "X-Request-Id": "a b{"})
+    assert forged.headers["x-request-id"] != "a b{"
+    text = pair.log.read_text()
+    assert PROMPT not in text
+    assert "secret-of-the-test" not in text
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    assert all(json.loads(line)["levelname"] for line in lines)
+    assert any("starting" in line for line in lines)
+
+
+def test_slow_senders_are_cut_off(pair):
+    body = b'{"model": "tiny"'
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: {KEY['Authorization']}"]
+    head = "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: 1000", "", ""]).encode()
+    for sent in (head + body, b"POST /v1/completions HTTP/1.1\r\nHost:", b""):
+        with socket.create_connection(("127.0.0.1", pair.port), timeout=60) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_long_requests_are_given_up(pair, checkpoint):
+    # Longer than the server's limit on this machine: many answers of the full context.
+    metrics = pair.metrics(**KEY)
+    timeouts = metrics.total("pifa_requests_rejected_total", reason="timeout")
+    request = {"model": "tiny", "prompt": ["Hi"] * 64, "n": 16, "max_tokens": 500, "ignore_eos": True}
+    response = httpx.post(f"{pair.url}/v1/completions", json=request, headers=KEY, timeout=120)
+    assert_openai_error(response, 504, "Given up after 20 s")
+    deadline = time.monotonic() + 60
+    while pair.metrics(**KEY).total("vllm:num_requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert pair.metrics(**KEY).total("pifa_requests_rejected_total", reason="timeout") > timeouts
+    assert post(pair).status_code == 200
+
+
+def test_sigterm_lets_running_requests_finish(pair):
+    request = {"model": "tiny", "prompt": "Hi", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    codes: list[int] = []
+    stopping = threading.Thread(target=lambda: codes.append(pair.stop()))
+    with httpx.stream(
+        "POST", f"{pair.url}/v1/completions", json=request, headers=KEY, timeout=120
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)
+        stopping.start()
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+    assert sum(line.startswith("data: {") for line in rest) > 300
+    stopping.join(120)
+    assert codes == [0]
