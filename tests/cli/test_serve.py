@@ -7,8 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pifa_vllm.cli import main
-from pifa_vllm.cli.serve import banner, check_model, check_tensor_parallel_size
+from pifa_vllm.cli.serve import banner, check_model, check_tensor_parallel_size, draft_flags
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
+from tests.edit import copy_edited
+from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
 
 
@@ -62,3 +64,77 @@ def test_a_tensor_parallel_size_that_the_model_does_not_allow(
     assert f"to {size} ranks" in str(caught.value)
     assert allowed in str(caught.value)
     check_tensor_parallel_size(tmp_path, 1)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    save_tiny_model(root / "dense")
+    save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+    return root
+
+
+def test_a_draft_for_its_dense_parent(pair):
+    flag, config = draft_flags(str(pair / "pifa"), str(pair / "dense"), 3, ["--specialize-active-lora"])
+    assert flag == "--speculative-config"
+    assert json.loads(config) == {
+        "method": "draft_model",
+        "model": str(pair / "pifa"),
+        "num_speculative_tokens": 3,
+    }
+    (_, config) = draft_flags(str(pair / "pifa"), str(pair / "dense"), None, [])
+    assert json.loads(config)["num_speculative_tokens"] >= 1
+    assert draft_flags(str(pair / "pifa"), None, None, ["-sc", "{}"]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{pifa}", "--draft-for", "{pifa}/../pifa"], "found the same directory twice"),
+        (["{pifa}", "--draft-for", "somebody/some-model"], "found 'somebody/some-model', which is none"),
+        (["{pifa}", "--draft-for", "/no/such"], "/no/such: expected a model directory, found none"),
+        (["/no/such", "--draft-for", "{dense}"], "/no/such: expected a model directory, found none"),
+        (["{pifa}", "--draft-tokens", "2"], "--draft-tokens: expected --draft-for with it, found none"),
+        (
+            ["{pifa}", "--draft-for", "{dense}", "--draft-tokens", "0"],
+            "--draft-tokens: expected 1 or more, found 0",
+        ),
+        (
+            ["{pifa}", "--draft-for", "{dense}", "--speculative-config", "{{}}"],
+            "expected it to be the only word on speculative decoding, found --speculative-config",
+        ),
+        (["{pifa}", "--draft-for", "{dense}", "-sc={{}}"], "found -sc="),
+        (["{pifa}", "--draft-for", "{dense}", "--spec-tokens", "2"], "found --spec-tokens"),
+    ],
+)
+def test_drafts_that_are_refused(arguments, message, pair, capsys):
+    names = {"pifa": pair / "pifa", "dense": pair / "dense"}
+    assert main(["serve", *(argument.format(**names) for argument in arguments)]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"max_position_embeddings": 256}, "max_position_embeddings: expected 512 as in {dense}, found 256"),
+        ({"vocab_size": 300}, "vocab_size: expected 258 as in {dense}, found 300"),
+    ],
+)
+def test_a_draft_of_another_model(edit, message, pair, tmp_path):
+    other = copy_edited(pair / "pifa", tmp_path / "other", config=lambda config: config.update(edit))
+    with pytest.raises(UnsupportedModelError) as caught:
+        draft_flags(str(other), str(pair / "dense"), None, [])
+    assert message.format(dense=pair / "dense") in str(caught.value)
+
+
+def test_a_draft_with_another_tokenizer(pair, tmp_path):
+    other = copy_edited(pair / "pifa", tmp_path / "other")
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UnsupportedModelError, match="found another one: 2 tokens differ, first 'a'"):
+        draft_flags(str(other), str(pair / "dense"), None, [])
