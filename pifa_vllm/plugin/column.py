@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pifa_vllm.errors import CheckpointError
 from pifa_vllm.plugin.layout import Parameters, Shard, dense
 
 Gather = Callable[[Tensor], Tensor]
@@ -51,8 +52,7 @@ class ColumnLayout:
         stack = 0
         for shard, edges, rows in zip(shards, outputs, pivot_rows, strict=True):
             self._pivot.append(stack)
-            begin, end = (0, 0) if rows is None else (edge - int((rows < edge).sum()) for edge in edges)
-            self._rest.append((begin, end))
+            self._rest.append((0, 0) if rows is None else _rest(edges, rows))
             stack += shard.rank or 0
         self._stack = stack  # R
         self._share = -(-stack // tp_size)
@@ -97,7 +97,11 @@ class ColumnLayout:
         return tensor[begin:end]
 
     def rows(self, pivot_rows: Sequence[Tensor]) -> Tensor:
-        """int32 [outputs]."""
+        """int32 [outputs].
+
+        Raises:
+            CheckpointError: if the pivot rows leave this rank another number of coefficients than it has room for.
+        """
         columns = []
         rest = self._stack + sum(self._dense)
         for index, (shard, edges, pivots) in enumerate(
@@ -107,6 +111,13 @@ class ColumnLayout:
             if shard.rank is None:
                 columns.append(wanted - edges[0] + self._stack + sum(self._dense[:index]))
                 continue
+            rest_of_these = _rest(edges, pivots)
+            if rest_of_these != self._rest[index]:
+                raise CheckpointError(
+                    f"layer {shard.name}: expected pivot rows that leave rows {self._rest[index]} of the "
+                    f"coefficients to this tensor-parallel rank, as those that the engine was started with "
+                    f"did; found {rest_of_these}. Start another engine for this checkpoint."
+                )
             before = torch.searchsorted(pivots.long(), wanted)  # pivot rows above each wanted row
             is_pivot = torch.isin(wanted, pivots.long())
             remaining = wanted - before - self._rest[index][0] + rest
@@ -153,3 +164,9 @@ class ColumnLayout:
         shapes = self._coefficients()
         parts = torch.split(flat, [math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _rest(edges: tuple[int, int], pivot_rows: Tensor) -> tuple[int, int]:
+    """The rows [begin, end) of C that make the outputs [begin, end) which are no pivot rows."""
+    begin, end = (edge - int((pivot_rows < edge).sum()) for edge in edges)
+    return begin, end

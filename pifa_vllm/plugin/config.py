@@ -6,6 +6,8 @@ imported where it is used.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import vllm
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from pifa_vllm.errors import CheckpointError
+from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.plugin.versions import check_vllm
 
 if TYPE_CHECKING:
@@ -35,20 +37,25 @@ class PIFAQuantizationConfig(QuantizationConfig):
         ranks: module name, as vLLM calls it, to rank.
         tensors: the names of all tensors in the checkpoint, as vLLM calls them; None where the model is not a
             local directory, and completeness is known only while loading.
+        shapes: of the same, under the checkpoint's names.
         model: directory or name of the model.
         revision: of a name.
+        failed: what ended a load midway, which leaves the layers in an undefined state.
     """
 
     def __init__(self, checkpoint: PIFAConfig) -> None:
         super().__init__()
         self.ranks = dict(checkpoint.ranks)
         self.tensors: set[str] | None = None
+        self.shapes: dict[str, tuple[int, ...]] | None = None
+        self.failed: str | None = None
         self.model = ""
         self.revision: str | None = None
         # vLLM's name of a module to the checkpoint's.
         self._names = {name: name for name in checkpoint.ranks}
         self._matched: set[str] = set()
         self._checkpoint: Checkpoint | None = None
+        self._prepared = False
 
     def __repr__(self) -> str:
         return f"PIFAQuantizationConfig({len(self.ranks)} compressed modules)"
@@ -93,15 +100,22 @@ class PIFAQuantizationConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: naming file, tensor, expected and found.
+            UnsupportedModelError: if the layers are to be quantized while they are loaded.
         """
         from pifa_vllm.checkpoint import Checkpoint
 
+        if self.online_quantization_config is not None:
+            raise UnsupportedModelError(
+                f"{model_name}: vLLM's quantization_config asks for layers to be quantized while they are loaded, "
+                "which is for dense weights; the layers of a PIFA checkpoint are not. Leave the option out."
+            )
         self.model, self.revision = model_name, revision
         directory = Path(model_name)
         if directory.is_dir():
             checkpoint = Checkpoint.open(directory)
             checkpoint.check_pivot_rows()
             self.tensors = set(checkpoint.shards.entries)
+            self.shapes = {name: entry.shape for name, entry in checkpoint.shards.entries.items()}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename modules and tensors as the model does that vLLM is about to build."""
@@ -115,8 +129,9 @@ class PIFAQuantizationConfig(QuantizationConfig):
 
         Raises:
             CheckpointError: if a local checkpoint lacks one of the layer's tensors.
+            UnsupportedModelError: if an option of the engine does not go with PIFA.
         """
-        from vllm.config import get_current_vllm_config
+        from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
@@ -125,6 +140,11 @@ class PIFAQuantizationConfig(QuantizationConfig):
         from pifa_vllm.plugin.layout import Shard
         from pifa_vllm.plugin.linear import PIFALinearMethod
 
+        if not self._prepared and (vllm_config := get_current_vllm_config_or_none()):
+            from pifa_vllm.plugin.engine import prepare
+
+            self._prepared = True
+            prepare(self, vllm_config)
         if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
             if get_current_vllm_config().speculative_config is not None:
                 from pifa_vllm.plugin.verification import ensure_verification
@@ -171,15 +191,45 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
-        if self._checkpoint is None:
-            self._checkpoint = _open(self.model, self.revision)
-        module = self._names[name]
-        entry = self._checkpoint.modules[module]
+        checkpoint, module = self.checkpoint(), self.stored_name(name)
+        entry = checkpoint.modules[module]
         if entry.m != m:
             raise CheckpointError(
                 f"layer {name}: expected {m} outputs as config.json says, found {entry.m} in the checkpoint."
             )
-        return self._checkpoint.pivot_rows(module)
+        return checkpoint.pivot_rows(module)
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the checkpoint, or its download, once.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        if self._checkpoint is None:
+            self._checkpoint = open_checkpoint(self.model, self.revision)
+        return self._checkpoint
+
+    def stored_name(self, name: str) -> str:
+        """Return the checkpoint's name of a compressed module that vLLM calls `name`."""
+        return self._names[name]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Note what fails inside: layers that are partly filled must never be served, nor filled further.
+
+        Raises:
+            CheckpointError: if an earlier load failed.
+        """
+        if self.failed is not None:
+            raise CheckpointError(
+                f"an earlier load left the layers of this engine partly filled; start another engine. It ended "
+                f"with: {self.failed}"
+            )
+        try:
+            yield
+        except CheckpointError as error:
+            self.failed = str(error)
+            raise
 
     def _shard_names(self, prefix: str) -> list[str]:
         """The checkpoint's names of a layer, several if vLLM fuses them (qkv_proj, gate_up_proj)."""
@@ -198,7 +248,12 @@ class PIFAQuantizationConfig(QuantizationConfig):
                     )
 
 
-def _open(model: str, revision: str | None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None) -> Checkpoint:
+    """Open a checkpoint by its directory or its name on a hub, from which it is downloaded.
+
+    Raises:
+        CheckpointError: naming file, tensor, expected and found.
+    """
     from huggingface_hub import snapshot_download
     from vllm.config import get_current_vllm_config
 

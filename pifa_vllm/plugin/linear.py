@@ -81,6 +81,14 @@ class PIFALinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: naming layer, tensor, expected and found.
         """
+        # Nothing that fails below may leave rows that a kernel would follow out of bounds.
+        layer.rows.zero_()
+        with self.config.loading():
+            self._finish(layer)
+        if layer.rows.device.type == "cpu":
+            load()
+
+    def _finish(self, layer: LinearBase) -> None:
         parameters = _parameters(layer)
         for index, shard in enumerate(self.shards):
             for suffix in shard.suffixes:
@@ -98,8 +106,6 @@ class PIFALinearMethod(LinearMethodBase):
             if shard.rank is None:
                 rows[i] = torch.arange(shard.m, device=layer.rows.device)
         layer.rows.copy_(self.layout.rows(rows))
-        if layer.rows.device.type == "cpu":
-            load()
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., n] to [..., outputs], both of this rank."""
@@ -115,7 +121,18 @@ def _load_shard(
 ) -> None:
     """Copy this rank's part of one tensor of the checkpoint; vLLM calls this once per shard and parameter."""
     method: PIFALinearMethod = layer.quant_method
-    method.config.check_all_matched()
+    with method.config.loading():
+        method.config.check_all_matched()
+        _copy_shard(layer, method, param, loaded_weight, shard_id)
+
+
+def _copy_shard(
+    layer: LinearBase,
+    method: PIFALinearMethod,
+    param: Parameter,
+    loaded_weight: Tensor,
+    shard_id: str | int | None,
+) -> None:
     suffix: str = param.suffix  # type: ignore[attr-defined]  # set by create_weights
     index = _SHARD_INDEX[shard_id] if isinstance(shard_id, str) else shard_id or 0
     shard = method.shards[index]

@@ -1,0 +1,45 @@
+"""What an engine of a PIFA checkpoint needs before its weights are loaded, in each of its processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+
+from pifa_vllm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from pifa_vllm.plugin.config import PIFAQuantizationConfig
+
+# Loaders of vLLM that do not read a Hugging Face directory's safetensors.
+_OTHER_FORMATS = {
+    "dummy": "makes weights up, which pivot rows cannot be",
+    "mistral": "reads consolidated*.safetensors",
+    "npcache": "reads pickles",
+    "pt": "reads pickles",
+    "runai_streamer_sharded": "reads what one of vLLM's workers saved",
+    "sharded_state": "reads what one of vLLM's workers saved",
+    "tensorizer": "reads what one of vLLM's workers saved",
+}
+
+
+def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
+    """Refuse what an engine of a PIFA checkpoint cannot do, and guard its adapters and reloads.
+
+    Raises:
+        UnsupportedModelError: saying which option to change.
+    """
+    if reads := _OTHER_FORMATS.get(vllm_config.load_config.load_format):
+        raise UnsupportedModelError(
+            f"--load-format {vllm_config.load_config.load_format}: expected a format that reads the "
+            f"checkpoint's safetensors, found one that {reads}. Leave the option out."
+        )
+    if vllm_config.quant_config is not config:
+        return  # the model drafts for another one
+    from pifa_vllm.plugin.reload import guard_reloads
+
+    guard_reloads(vllm_config)
+    if vllm_config.lora_config is not None:
+        from pifa_vllm.plugin.lora import guard_adapters
+
+        guard_adapters(vllm_config, config.checkpoint)
