@@ -117,8 +117,10 @@ def _linear_layers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _sparing(op: Callable[..., None]) -> Callable[..., None]:
     @wraps(op)
-    def applied(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, *args: Any) -> None:
-        op(inputs.masked_fill((indices < 0).unsqueeze(-1), 0), weights, output, indices, *args)
+    def applied(
+        inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, *args: Any, **options: Any
+    ) -> None:
+        op(inputs.masked_fill((indices < 0).unsqueeze(-1), 0), weights, output, indices, *args, **options)
 
     return applied
 
