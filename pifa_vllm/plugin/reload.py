@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from pifa_vllm.checkpoint import Checkpoint
-from pifa_vllm.errors import CheckpointError, PifaError
+from pifa_vllm.errors import CheckpointError
 from pifa_vllm.plugin.config import PIFAQuantizationConfig, open_checkpoint
 from pifa_vllm.plugin.linear import PIFALinearMethod
 
@@ -50,7 +50,7 @@ class ReloadingLoader(DefaultModelLoader):
             config = methods[0].config
             try:
                 check_reload(config, methods, model_config.model)
-            except PifaError:
+            except Exception:
                 # vLLM has noted the new path already; a later reload without a path means the old one.
                 model_config.model = config.model
                 raise
