@@ -141,6 +141,12 @@ def serve(model: Path, port: int) -> None:
     # What vLLM compiles on first use where it can.
     scored = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3, temperature=0.8, top_p=0.9)
     expect(scored.choices[0].logprobs.content, "sampled, with log-probabilities")
+    # xgrammar's kernels for CPUs; it asks for triton, which the image leaves out.
+    answers = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": answers}}
+    constrained = client.chat.completions.create(**{**ask, "max_tokens": 60}, response_format=form)
+    text = constrained.choices[0].message.content
+    expect(text.startswith("{"), f"constrained by a JSON schema: {text[:40]!r}")
     metrics = httpx.get(f"{url}/metrics", timeout=10).text
     for name in (
         "pifa_ready 1.0",

@@ -38,5 +38,5 @@ def test_panels_lie_side_by_side_and_ask_for_something(path):
                 assert x < 24
                 assert taken.setdefault((x, y), panel["title"]) == panel["title"]
         assert all(query["expr"] for query in panel["targets"])
-        assert panel["fieldConfig"]["defaults"].get("unit") or panel["type"] == "table"
+        assert panel["type"] == "table" or panel["fieldConfig"]["defaults"]["unit"]
     assert {variable["name"] for variable in dashboard["templating"]["list"]} == {"datasource", "instance"}

@@ -26,13 +26,14 @@ openai = pytest.importorskip("openai")
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(1200),  # the first test waits for the server
     pytest.mark.skipif(
         shutil.which("prometheus") is None, reason="needs Prometheus (Debian's package prometheus)"
     ),
 ]
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-START_SECONDS = 240
+START_SECONDS = 900
 REQUESTS = 24
 
 
