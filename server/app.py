@@ -93,7 +93,7 @@ class PIFAServer:
         check_headers(len(scope.get("raw_path", b"")) + len(scope["query_string"]), headers, settings)
         state.access.check(method, path, headers)
         if path == "/metrics":
-            state.refresh()
+            await state.refresh()
         if method in ("GET", "HEAD", "OPTIONS"):
             await exchange.run(self.app, scope)
             return

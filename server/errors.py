@@ -36,14 +36,7 @@ class RefusedError(Exception):
 
     def body(self) -> bytes:
         """The JSON that an OpenAI client makes its exception of."""
-        kind = self.status.phrase.replace(" ", "").replace("-", "") + "Error"
-        error = {
-            "message": self.message,
-            "type": kind,
-            "param": self.param,
-            "code": self.status.value,
-        }
-        return json.dumps({"error": error}).encode()
+        return _shaped(self.status, self.message, self.param)
 
     def response(self) -> Response:
         """The response to send where none has begun."""
@@ -52,3 +45,29 @@ class RefusedError(Exception):
     def event(self) -> bytes:
         """The last event of a stream that is broken off."""
         return b"data: " + self.body() + b"\n\n"
+
+
+def openai_shaped(status: int, body: bytes) -> bytes | None:
+    """Give an error of the web framework the shape that vLLM's own errors have.
+
+    Args:
+        status: of the response.
+        body: its whole body.
+
+    Returns:
+        The new body, or None where the old one is no such error.
+    """
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    message = found.get("detail", found.get("error"))
+    return _shaped(HTTPStatus(status), message) if isinstance(message, str) else None
+
+
+def _shaped(status: HTTPStatus, message: str, param: str | None = None) -> bytes:
+    kind = status.phrase.replace(" ", "").replace("-", "") + "Error"
+    error = {"message": message, "type": kind, "param": param, "code": status.value}
+    return json.dumps({"error": error}).encode()

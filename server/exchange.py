@@ -6,7 +6,8 @@ import asyncio
 from http import HTTPStatus
 from typing import cast
 
-from pifa_vllm_server.errors import RefusedError
+from pifa_vllm_server.errors import RefusedError, openai_shaped
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # For the app to return after it was told that its client is gone.
@@ -35,7 +36,8 @@ class Exchange:
         self._send_timeout = send_timeout
         self._body: bytes | None = None
         self._streams = self._complete = False
-        self._waiting: asyncio.Future[Message] | None = None
+        self._waiting: set[asyncio.Future[Message]] = set()
+        self._error_start: Message | None = None
 
     async def run(self, app: ASGIApp, scope: Scope, body: bytes | None = None, limit: float = 0.0) -> None:
         """Run the app on the request, and see to it that there is an answer.
@@ -70,8 +72,8 @@ class Exchange:
     def give_up(self, refusal: RefusedError) -> None:
         """Tell the app that its client is gone; `run` answers with the refusal when the app has returned."""
         self.refusal = self.refusal or refusal
-        if self._waiting is not None:
-            self._waiting.cancel()
+        for waiting in self._waiting:
+            waiting.cancel()
 
     async def refuse(self, refusal: RefusedError) -> None:
         """Send a refusal: as the response, or as the last event of a stream that has begun."""
@@ -88,33 +90,51 @@ class Exchange:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
         if self.refusal is None:
-            self._waiting = asyncio.ensure_future(self._receive())
+            # The app may wait in two tasks: its handler's and its response's.
+            waiting = asyncio.ensure_future(self._receive())
+            self._waiting.add(waiting)
             try:
-                message = await self._waiting
+                message = await waiting
             except asyncio.CancelledError:
-                self._waiting.cancel()
+                waiting.cancel()
                 if self.refusal is None or cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
                     raise
             else:
                 self.client_gone |= message["type"] == "http.disconnect" and not self._complete
                 return message
             finally:
-                self._waiting = None
+                self._waiting.discard(waiting)
         return {"type": "http.disconnect"}
 
     async def _send_for_app(self, message: Message) -> None:
-        if self.refusal is None:
-            await self._pass_on(message)
-        else:
+        if self.refusal is not None:
             # An app that never waits for anything else would never learn that its client is gone.
             await asyncio.sleep(0)
+        elif message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
+            self._error_start = message
+        elif self._error_start is not None and not message.get("more_body", False):
+            start, self._error_start = self._error_start, None
+            body = openai_shaped(start["status"], message.get("body", b""))
+            if body is not None:
+                message = {**message, "body": body}
+                headers = MutableHeaders(raw=list(start.get("headers", ())))
+                headers["content-length"] = str(len(body))
+                start = {**start, "headers": headers.raw}
+            await self._pass_on(start)
+            await self._pass_on(message)
+        else:
+            if self._error_start is not None:
+                start, self._error_start = self._error_start, None
+                await self._pass_on(start)
+            await self._pass_on(message)
 
     async def _pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = message["headers"] = list(message.get("headers", ()))
             self._streams = (b"content-type", b"text/event-stream; charset=utf-8") in headers
-            headers.append((b"x-request-id", self._request_id))
+            if not any(name.lower() == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", self._request_id))
         elif not message.get("more_body", False):
             self._complete = True
         try:

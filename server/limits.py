@@ -6,6 +6,8 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
 from pifa_vllm_server.errors import RefusedError
 from pifa_vllm_server.settings import ServerSettings
 from pydantic_core import from_json
@@ -75,7 +77,7 @@ async def read_body(receive: Receive, settings: ServerSettings) -> bytes:
 
 
 def check_body(body: bytes, settings: ServerSettings) -> None:
-    """Check n, best_of, the number of prompts and their length in a JSON body.
+    """Check n, best_of, the number of prompts, their length and the schemas of tools in a JSON body.
 
     Whatever else may be wrong with it, malformed JSON and wrong types included, is vLLM's to say.
 
@@ -97,6 +99,7 @@ def check_body(body: bytes, settings: ServerSettings) -> None:
         raise _bad(
             "n", "prompt", f"prompt: expected at most {settings.max_prompts} prompts, found {len(prompts)}."
         )
+    _check_tools(request.get("tools"))
     for field in ("prompt", "messages", "input", "system", "text_1", "text_2", "documents"):
         length = text_length(request.get(field))
         if length > settings.max_prompt_chars:
@@ -105,6 +108,23 @@ def check_body(body: bytes, settings: ServerSettings) -> None:
                 field,
                 f"{field}: expected at most {settings.max_prompt_chars} characters, found {length}.",
             )
+
+
+def _check_tools(tools: Any) -> None:
+    """Check that the parameters of tools are JSON schemas; vLLM takes what is none for no constraint."""
+    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        schema = function.get("parameters") if isinstance(function, dict) else None
+        if not isinstance(schema, dict):
+            continue
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            field = f"tools[{i}].function.parameters"
+            where = ".".join(map(str, error.path)) or "the schema"
+            raise _bad(
+                "tools", field, f"{field}: expected a JSON schema, found {where} wrong: {error.message}."
+            ) from error
 
 
 def text_length(value: Any) -> int:

@@ -26,8 +26,9 @@ REJECTIONS = (
     "n",
     "prompt",
     "route",
-    "timeout",
     "slow_client",
+    "timeout",
+    "tools",
 )
 
 

@@ -51,9 +51,10 @@ class ServerState:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _asked: float = field(default_factory=time.monotonic)
 
-    def refresh(self) -> None:
+    async def refresh(self) -> None:
         """Bring the metrics that change up to date, before they are read."""
-        self.metrics.update(measure(self.workers))
+        # In a thread: looking at the machine's processes takes milliseconds.
+        self.metrics.update(await asyncio.to_thread(measure, self.workers))
         if time.monotonic() - self._asked > _WORKER_SECONDS:
             self._asked = time.monotonic()
             self.start_task(self._ask())
@@ -95,7 +96,7 @@ async def open_state(app: FastAPI) -> ServerState:
     keys = args.api_key or [envs.VLLM_API_KEY]
     readiness = Readiness(engine, settings, metrics, count_tokens(engine, metrics), slots)
     state = ServerState(settings, engine, metrics, facts, readiness, Access(keys, settings), slots, workers)
-    state.refresh()
+    await state.refresh()
     state.start_task(readiness.watch())
     return state
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-START_SECONDS = 540
+START_SECONDS = 1500
 
 
 class Server:

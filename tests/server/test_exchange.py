@@ -15,7 +15,7 @@ from pifa_vllm_server.exchange import Exchange
 from pifa_vllm_server.limits import ClientGoneError, read_body
 from pifa_vllm_server.settings import ServerSettings
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/", "headers": []}
 
@@ -124,6 +124,24 @@ def test_an_app_that_does_not_listen_is_cancelled(monkeypatch):
     assert client.status == 504
 
 
+def test_the_app_may_wait_in_two_tasks():
+    """vLLM's handlers listen while they work, and starlette's response does when they are done."""
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        first = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        second = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        assert (await second)["type"] == "http.disconnect"
+
+    client = Client()
+    run(app, client, limit=0.05)
+    assert client.status == 504
+
+
 def test_cancelling_from_outside_is_passed_on():
     async def app(scope, receive, send):
         asyncio.current_task().cancel()
@@ -182,3 +200,41 @@ def test_bodies_are_limited_in_size_and_time():
         read(piece, body_timeout=0.05)
     with pytest.raises(ClientGoneError):
         read(piece, {"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("content", [{"detail": "Not Found"}, {"error": "Not Found"}])
+def test_errors_of_the_framework_get_openais_shape(content):
+    async def app(scope, receive, send):
+        await JSONResponse(content, 404, {"Allow": "POST"})(scope, receive, send)
+
+    client = Client()
+    run(app, client)
+    error = {"message": "Not Found", "type": "NotFoundError", "param": None, "code": 404}
+    assert json.loads(client.body) == {"error": error}
+    headers = dict(client.messages[0]["headers"])
+    assert headers[b"content-length"] == str(len(client.body)).encode()
+    assert headers[b"allow"] == b"POST"
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "x"}}', b'{"ready": false}', b"", b"text", b"[1]"])
+def test_other_errors_pass_as_they_are(body):
+    async def app(scope, receive, send):
+        await Response(body, 503)(scope, receive, send)
+
+    client = Client()
+    run(app, client)
+    assert (client.status, client.body) == (503, body)
+
+
+def test_errors_in_pieces_pass():
+    async def pieces():
+        yield b'{"detail":'
+        yield b' "x"}'
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        await StreamingResponse(pieces(), 500)(scope, receive, send)
+
+    client = Client()
+    run(app, client)
+    assert (client.status, client.body) == (500, b'{"detail": "x"}')

@@ -56,9 +56,9 @@ def test_weights_are_the_checkpoints(metrics, checkpoint):
     dense = sum(entry.nbytes for entry in Shards(checkpoint.parent / "dense").entries.values())
     assert metrics.total("pifa_weight_bytes", form="dense") == dense
     assert metrics.total("pifa_kv_cache_gained_bytes") == dense - served
-    # What the worker holds: the same, and the rows that PIFA layers build for themselves.
+    # What the worker holds: the same, and tables such as the rows of outputs and rotary angles.
     held = metrics.total("pifa_device_memory_bytes", part="weights")
-    assert served <= held < 1.05 * served
+    assert served <= held < 1.2 * served
 
 
 def test_modules_are_counted_by_kind(metrics):

@@ -170,6 +170,21 @@ def test_numbers_and_prompts_within_limits():
         assert (caught.value.status, caught.value.param) == (400, param)
 
 
+def test_tools_have_schemas():
+    def check(parameters):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        check_body(json.dumps({"tools": [tool]}).encode(), ServerSettings())
+
+    check({"type": "object", "properties": {"a": {"enum": ["x", 1]}}, "required": ["a"]})
+    check({})
+    check("vLLM says that this is none")
+    for parameters in ({"type": "no such type"}, {"properties": []}, {"required": "a"}):
+        with pytest.raises(RefusedError, match=r"tools\[0\].function.parameters: expected a JSON schema"):
+            check(parameters)
+    for tools in (None, 5, [5], [{}], [{"function": 5}]):
+        check_body(json.dumps({"tools": tools}).encode(), ServerSettings())
+
+
 def test_what_is_not_json_is_left_to_vllm():
     for body in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000):
         check_body(body, ServerSettings())
