@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from pifa_vllm.cli.bench_speculative import add_speculative
+
 _EPILOG = """\
 Options that `bench quality` does not know go to `pifa-vllm compress`, such as --calibration, --samples, --length
 and --seed. Checkpoints are kept in the work directory, rows in the results; neither is computed again.
@@ -44,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--plot", type=Path, metavar="SVG", help="draw the speed-ups")
     layer.set_defaults(run=run_layer)
     _add_e2e(kinds)
+    add_speculative(kinds)
     gpu = kinds.add_parser("gpu", help="check the Triton kernels on this machine's GPU, and time its layers")
     gpu.add_argument("--output", type=Path, default=Path("gpu-check.json"), metavar="JSON", help="results")
     gpu.set_defaults(run=run_gpu)
@@ -269,6 +272,10 @@ def run_table(args: argparse.Namespace) -> int:
             from pifa_vllm.bench.e2e_report import memory_table, speed_table
 
             tables = [speed_table(results), memory_table(results)]
+        elif results.get("kind") == "speculative":
+            from pifa_vllm.bench.speculative_report import break_even_table, speculative_table
+
+            tables = [speculative_table(results), break_even_table()]
         elif "kind" in results:
             # Not at the top: it needs Triton.
             from pifa_vllm.bench.cost_model import layer_table
