@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ from pifa_vllm.errors import PifaError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_TOKENS = 2
+_MAX_MODEL_LEN = 2048
+# vLLM's processes look for the next request for a second before they sleep, which would slow down the next server.
+_SETTLE_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,11 @@ def e2e(
         return results
     results["commands"].append(command)
     results["machine"] = describe_machine() | {"vllm": _vllm_version(), "settings": settings()}
-    longest = max(w.input_len + w.output_len for w in wanted)
-    vocab_size = int(read_json(served[0].directory / "config.json")["vocab_size"])
+    # The same for most workloads, or vLLM would compile anew for each.
+    config = read_json(served[0].directory / "config.json")
+    usual = min(_MAX_MODEL_LEN, config.get("max_position_embeddings", _MAX_MODEL_LEN))
+    longest = max(usual, *(w.input_len + w.output_len for w in wanted))
+    vocab_size = int(config["vocab_size"])
 
     with contextlib.ExitStack() as stack:
         servers = []
@@ -184,19 +191,16 @@ def e2e(
                 flags=["--max-model-len", str(longest), *flags],
             )
             servers.append(stack.enter_context(server))
+            results["servers"].setdefault(x.name, {"starts": []})["starts"].append(server.start)
             say(f"{x.name}: ready after {server.start['seconds']:.1f} s")
         for workload in wanted:
             cell: dict[str, Any] = {"servers": names, "workload": workload.to_dict()}
             cell["rounds"] = _measure(servers, workload, rounds, vocab_size, say)
             results["cells"].append(cell)
             for x, server in zip(served, servers, strict=True):
-                record = results["servers"].setdefault(x.name, {"starts": []})
-                record["weights"] = weight_bytes(x.directory, x.dtype)
-                record["memory"] = server.memory()
+                results["servers"][x.name]["weights"] = weight_bytes(x.directory, x.dtype)
+                results["servers"][x.name]["memory"] = server.memory()
             replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
-        for server in servers:
-            results["servers"][server.name]["starts"].append(server.start)
-        replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
 
@@ -214,6 +218,7 @@ def _measure(
     rows = []
     for index in range(rounds):
         for server in servers:
+            time.sleep(_SETTLE_SECONDS)
             before = {x.name: x.cpu_seconds() for x in servers}
             row = send(server.url, server.name, workload, vocab_size, seed=index)
             spent = {x.name: x.cpu_seconds() - before[x.name] for x in servers}

@@ -1,6 +1,7 @@
 """The end-to-end benchmark once on models too small to say anything, and everything around it without a server."""
 
 import json
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -66,6 +67,7 @@ def sent(monkeypatch):
         }
 
     monkeypatch.setattr(module, "send", send)
+    monkeypatch.setattr(module, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(module, "Server", StubServer)
     monkeypatch.setattr(StubServer, "started", [])
     return calls
@@ -102,7 +104,7 @@ def test_random_models_are_whole_and_load(tmp_path, form):
         import pifa_vllm  # noqa: F401  # makes transformers know the format
 
         model = AutoModelForCausalLM.from_pretrained(tmp_path / form)
-    logits = model(torch.arange(10, 40)[None]).logits.float()
+    logits = model(torch.arange(10, 40)[None]).logits.detach().float()
     assert torch.isfinite(logits).all()
     # Random weights of any form keep the scale of the residual stream, so none is served denormals or overflows.
     assert 0.1 < float(logits.std()) < 10.0
@@ -127,8 +129,8 @@ def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, 
     # Warm-ups first, then A B A B; the same prompts for both.
     assert sent == [(name, -1, 2) for name in pair] + [(name, i, 8) for i in range(3) for name in pair]
     assert StubServer.started == [
-        ("dense-float32", False, ["--max-model-len", "24", "--enforce-eager"]),
-        ("pifa-float32", True, ["--max-model-len", "24", "--enforce-eager"]),
+        ("dense-float32", False, ["--max-model-len", "2048", "--enforce-eager"]),
+        ("pifa-float32", True, ["--max-model-len", "2048", "--enforce-eager"]),
     ]
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["model"]["weights"] == "random"
@@ -232,3 +234,19 @@ def test_real_servers_answer_the_load_generator(tmp_path, capsys):
         log = (tmp_path / f"{name}.log").read_text()
         assert ("quantization=pifa" in log) == name.startswith("pifa")
     assert "16 in, 4 out, 2 requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["e2e-cpu-1b"])
+def test_the_tables_of_the_readme_are_those_of_the_committed_results(name):
+    room = Path(module.__file__).parent
+    results = json.loads((room / "results" / f"{name}.json").read_text())
+    readme = (room / "README.md").read_text()
+    assert speed_table(results) in readme
+    assert memory_table(results) in readme
+    assert results["commands"]
+    assert all(command.startswith("pifa-vllm bench e2e ") for command in results["commands"])
+    assert results["machine"]["vllm"]
+    for cell in results["cells"]:
+        # Real dense and real alternation, or the ratios say nothing.
+        order = [row["server"] for row in cell["rounds"]]
+        assert order == cell["servers"] * (len(order) // len(cell["servers"]))
