@@ -3,7 +3,8 @@
 Usage: python -m tests.plugin.engines JOBS.json RESULTS.json
 
 A job is {"model", "options", "prompts", "max_tokens"}; its result has the answers, or the error that the engine
-ended with. A process of its own keeps vLLM's thread binding and patches out of the other tests.
+ended with. With "digest" it also says what each rank holds. A process of its own keeps vLLM's thread binding and
+patches out of the other tests.
 """
 
 from __future__ import annotations
@@ -61,6 +62,21 @@ def methods(model: Any) -> dict[str, str]:
     }
 
 
+def digests(model: Any) -> dict[str, str]:
+    """Parameter of a layer to a digest of its values on this rank; of coefficients those of the first shard."""
+    import hashlib
+
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "coefficients"):
+            first = module.quant_method.layout.part(0, "coefficients", module)
+            parts = {"pivot_weight": module.pivot_weight, "coefficients": first}
+            for suffix, tensor in parts.items():
+                numbers = tensor.detach().contiguous().numpy().tobytes()
+                found[f"{name}.{suffix}"] = hashlib.sha256(numbers).hexdigest()
+    return found
+
+
 def run(job: dict[str, Any], engines: list[LLM]) -> dict[str, Any]:
     try:
         llm = LLM(job["model"], **{**OPTIONS, **job["options"]})
@@ -69,7 +85,9 @@ def run(job: dict[str, Any], engines: list[LLM]) -> dict[str, Any]:
     # vLLM's engines do not survive that an earlier one in their process is freed.
     engines.append(llm)
     prompts, tokens = job["prompts"], job["max_tokens"]
+    found = {"digests": llm.apply_model(digests)} if job.get("digest") else {}
     return {
+        **found,
         "methods": llm.apply_model(methods)[0],
         "first": answers(llm, prompts, max_tokens=tokens),
         # The prompts are in the prefix cache by now.

@@ -87,17 +87,17 @@ def models(tmp_path_factory):
     return root
 
 
-def run_engines(jobs, directory, **environment):
+def run_engines(jobs, directory, timeout=500, module="tests.plugin.engines", **environment):
     path, results = directory / "jobs.json", directory / "results.json"
     defaults = {"prompts": PROMPTS, "max_tokens": TOKENS, "options": {}}
     path.write_text(json.dumps({name: {**defaults, **job} for name, job in jobs.items()}))
     process = subprocess.run(
-        [sys.executable, "-m", "tests.plugin.engines", str(path), str(results)],
+        [sys.executable, "-m", module, str(path), str(results)],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        timeout=timeout,
     )
     assert process.returncode == 0, process.stdout[-4000:]
     return json.loads(results.read_text())

@@ -1,0 +1,114 @@
+"""Several ranks on this machine, started by vLLM's own executors, say what one says."""
+
+import hashlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("vllm")
+
+from tests.pifa_tiny import save_pifa_twin
+from tests.plugin.test_engines import check_answers, ranks, run_engines, transformers_says
+from tests.tiny import save_tiny_model
+
+pytestmark = pytest.mark.vllm
+
+# Architecture and heads for keys and values: grouped, fewer than ranks and with biases, one for each of 4 queries.
+MODELS = {"grouped": ("llama", 2), "shared": ("qwen2", 1), "many": ("llama", 4)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parallel")
+    for name, (architecture, kv_heads) in MODELS.items():
+        save_tiny_model(root / name, architecture, hidden=128, intermediate=176, kv_heads=kv_heads)
+        save_pifa_twin(root / name, root / f"{name}-pifa", root / f"{name}-twin", ranks=ranks)
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(models, tmp_path_factory):
+    def job(name, tp, pp=1):
+        # vLLM's pipeline stages do not run eagerly on CPUs, dense models' neither.
+        sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "enforce_eager": pp == 1}
+        return {"model": str(models / f"{name}-pifa"), "options": sizes, "digest": True}
+
+    jobs = {
+        "grouped": job("grouped", 2),
+        "shared": job("shared", 2),
+        "stages": job("grouped", 1, 2),
+        "both": job("many", 2, 2),
+    }
+    return run_engines(
+        jobs, tmp_path_factory.mktemp("served"), timeout=1200, VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "model"), [("grouped", "grouped"), ("shared", "shared"), ("stages", "grouped"), ("both", "many")]
+)
+def test_several_ranks_say_what_transformers_says(job, model, served, models):
+    check_answers(served[job], transformers_says(models / f"{model}-twin"), prompts_without_ties=20)
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["grouped", "shared"])
+def test_every_rank_holds_its_own_share(name, served, models):
+    """Computed from the checkpoint's tensors anew, without the layouts."""
+    directory = models / f"{name}-pifa"
+    tensors = load_file(directory / "model.safetensors")
+    held = served[name]["digests"]
+    assert len(held) == 2
+    prefix = "model.layers.0.self_attn"
+    # k_proj is dense: only the pivot rows of q and v are shared out.
+    stack = torch.cat([tensors[f"{prefix}.{p}_proj.pivot_weight"] for p in "qv"])
+    keys = tensors[f"{prefix}.k_proj.weight"]
+    output, inputs = tensors[f"{prefix}.o_proj.coefficients"], tensors[f"{prefix}.o_proj.pivot_weight"]
+    share, o_share = -(-len(stack) // 2), -(-output.shape[1] // 2)
+    kv_heads = MODELS[name][1]
+    for rank, found in enumerate(held):
+        own_keys = keys.chunk(2)[rank] if kv_heads > 1 else keys
+        qkv = torch.cat([stack[rank * share : (rank + 1) * share], own_keys])
+        assert found[f"{prefix}.qkv_proj.pivot_weight"] == digest(qkv)
+        assert found[f"{prefix}.o_proj.pivot_weight"] == digest(inputs.chunk(2, dim=1)[rank])
+        columns = output[:, rank * o_share : (rank + 1) * o_share]
+        assert found[f"{prefix}.o_proj.coefficients"] == digest(columns.flatten())
+        # Query rows 64 rank ... 64 rank + 63, those of them that are no pivot rows.
+        pivots = set(tensors[f"{prefix}.q_proj.pivot_rows"].tolist())
+        rest = [row for row in range(128) if row not in pivots]
+        mine = [i for i, row in enumerate(rest) if row // 64 == rank]
+        queries = tensors[f"{prefix}.q_proj.coefficients"][mine]
+        assert found[f"{prefix}.qkv_proj.coefficients"] == digest(queries)
+    assert held[0] != held[1]
+
+
+def test_pipeline_stages_hold_their_own_layers(served):
+    first, second = (set(held) for held in served["stages"]["digests"])
+    assert any(name.startswith("model.layers.0.") for name in first)
+    assert not any(name.startswith("model.layers.1.") for name in first)
+    assert any(name.startswith("model.layers.1.") for name in second)
+    assert not any(name.startswith("model.layers.0.") for name in second)
+
+
+def test_four_ranks_are_four(served):
+    assert len(served["both"]["digests"]) == 4
+
+
+def test_an_engine_in_a_ray_actor(models, tmp_path):
+    """On a real cluster of this one machine; vLLM's own Ray executor takes no CPUs, whatever the model."""
+    pytest.importorskip("ray")
+    jobs = {
+        "actor": {"model": str(models / "grouped-pifa")},
+        "executor": {
+            "model": str(models / "grouped"),
+            "options": {"distributed_executor_backend": "ray"},
+        },
+    }
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
+    found = run_engines(jobs, tmp_path, module="tests.plugin.ray_engines", **settings)
+    check_answers(found["actor"], transformers_says(models / "grouped-twin"), prompts_without_ties=20)
+    assert "does not support ray" in found["executor"]["message"]
