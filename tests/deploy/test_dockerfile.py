@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 LOCK = dict(re.findall(r"^([^#=\n]+)==(.+)$", (ROOT / "requirements-cpu.lock").read_text(), re.MULTILINE))
 LEFT_OUT = set((ROOT / "deploy/development-only.txt").read_text().split())
-# Installed apart, or left out of the lock on purpose (see .ci/lock.py). triton, a gigabyte, is asked for by xgrammar,
+# Installed apart, or left out of the lock on purpose (see .ci/lock.py). triton, a gigabyte, is wanted by xgrammar,
 # which uses it on GPUs only: `make image-test` asks for constrained output without it.
 APART = {"torch", "torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "triton"}
 
