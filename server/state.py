@@ -104,7 +104,8 @@ async def open_state(app: FastAPI) -> ServerState:
 async def ask_workers(engine: EngineClient) -> list[dict[str, Any]]:
     """Ask every rank about its memory; no answer where the worker extension is not mixed in."""
     try:
-        found: list[dict[str, Any]] = await engine.collective_rpc("pifa_memory", timeout=10.0)
+        # No timeout: the answer of a call that was given up would be taken for that of the next one.
+        found: list[dict[str, Any]] = await engine.collective_rpc("pifa_memory")
     except Exception as error:  # anything the workers raise; the server does not depend on it
         logger.warning("the workers do not tell their memory (%s: %s)", type(error).__name__, error)
         return []

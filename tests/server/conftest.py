@@ -35,7 +35,9 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         tmp_path_factory.mktemp("log") / "server.log",
         *("--max-model-len", "256", "--server.max-concurrent-requests", "48"),
         *("--server.ready-interval", "2", "--server.request-timeout", "60"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--tool-strict-level", "parameter"),
+        # A random model would fill its answer with spaces.
+        *("--structured-outputs-config.disable_any_whitespace", "true"),
     )
     try:
         running.wait()

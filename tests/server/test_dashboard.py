@@ -45,7 +45,9 @@ def browser():
         executable = None if own else shutil.which("chromium") or shutil.which("google-chrome")
         if not own and executable is None:
             pytest.skip("no Chromium here: neither playwright's own nor a system's")
-        launched = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        launched = started.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield launched
         launched.close()
 
@@ -59,8 +61,7 @@ def wait_until(condition):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 380])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 380)])
 def test_dashboard_in_a_browser(server, browser, scheme, width):
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
     page = context.new_page()
@@ -102,9 +103,7 @@ def test_dashboard_in_a_browser(server, browser, scheme, width):
         }"""
     )
     page.click("#send")
-    page.wait_for_function(
-        "document.getElementById('send').textContent === 'Send' && window.lengths.length > 5"
-    )
+    wait_until(lambda: text("#send").inner_text() == "Send" and page.evaluate("window.lengths.length") > 5)
     assert text(".message.user").inner_text() == "Hello"
     assert text(".message.error").count() == 0
     lengths = page.evaluate("window.lengths")
