@@ -27,9 +27,12 @@ def test_pairs_are_compared():
 
 
 def test_readme_gives_the_committed_result():
-    report = json.loads((ROOT / "results" / "overhead.json").read_text())
+    path, text = ROOT / "results" / "overhead.json", (ROOT / "README.md").read_text()
+    if not path.exists():
+        assert "Not yet measured" in text
+        return
+    report = json.loads(path.read_text())
     summary = report["summary"]
     assert summarize(report["measured"]) == summary
-    text = (ROOT / "README.md").read_text()
     assert f"{summary['ttft_added_seconds'] * 1e3:+.2f} ms" in text
     assert f"{(summary['throughput_ratio'] - 1) * 100:+.2f} %" in text
