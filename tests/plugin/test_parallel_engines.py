@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(models, tmp_path_factory):
     def job(name, tp, pp=1):
-        # vLLM's pipeline stages do not run eagerly on CPUs, dense models' neither.
+        # vLLM's pipeline stages do not run eagerly on CPUs, dense models' neither: they are traced.
         sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "enforce_eager": pp == 1}
         return {"model": str(models / f"{name}-pifa"), "options": sizes, "digest": True}
 
@@ -40,9 +40,12 @@ def served(models, tmp_path_factory):
         "stages": job("grouped", 1, 2),
         "both": job("many", 2, 2),
     }
-    return run_engines(
-        jobs, tmp_path_factory.mktemp("served"), timeout=1200, VLLM_CPU_OMP_THREADS_BIND="nobind"
-    )
+    settings = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Traced graphs run as they are; compiling them on each of four ranks takes minutes.
+        "VLLM_CPU_CI_ENV": "1",
+    }
+    return run_engines(jobs, tmp_path_factory.mktemp("served"), timeout=1200, **settings)
 
 
 @pytest.mark.parametrize(
