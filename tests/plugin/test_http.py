@@ -1,0 +1,90 @@
+"""Adapters and weights that are changed over HTTP while the server runs."""
+
+import httpx
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.plugin.reference import answers_of, make_prompts
+from tests.plugin.test_lora import ALL, save_adapter
+from tests.server.serving import Server
+from tests.tiny import save_tiny_model
+
+pytest.importorskip("vllm")
+
+pytestmark = pytest.mark.vllm
+
+TOKENS = 8
+(PROMPT,) = make_prompts([20])
+
+
+@pytest.fixture(scope="module")
+def server(llamas, tmp_path_factory):
+    running = Server(
+        llamas / "first-pifa",
+        tmp_path_factory.mktemp("log") / "server.log",
+        *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8"),
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+        VLLM_SERVER_DEV_MODE="1",
+    )
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.process.kill()
+
+
+def post(server, path, **body):
+    return httpx.post(f"{server.url}{path}", json=body, timeout=300)
+
+
+def ask(server, model="tiny"):
+    request = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    response = post(server, "/v1/completions", **request, return_token_ids=True)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
+
+
+def says(directory, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    (answer,) = answers_of(model.eval(), [PROMPT], TOKENS)
+    assert answer.certain == TOKENS
+    return answer.tokens
+
+
+def test_adapters_come_and_go(server, llamas, tmp_path):
+    save_adapter(llamas / "first", tmp_path / "right", r=8, lora_alpha=16, target_modules=ALL)
+    save_adapter(save_tiny_model(tmp_path / "base"), tmp_path / "wrong", r=4, target_modules=ALL)
+    response = post(server, "/v1/load_lora_adapter", lora_name="wrong", lora_path=str(tmp_path / "wrong"))
+    assert response.status_code >= 400
+    assert "for a layer of shape" in response.text
+    response = post(server, "/v1/load_lora_adapter", lora_name="right", lora_path=str(tmp_path / "right"))
+    assert response.status_code == 200, response.text
+    assert ask(server, "right") == says(llamas / "first-twin", tmp_path / "right")
+    assert ask(server) == says(llamas / "first-twin")
+    assert post(server, "/v1/unload_lora_adapter", lora_name="right").status_code == 200
+    assert post(server, "/v1/completions", model="right", prompt=PROMPT).status_code == 404
+
+
+def test_sleep_pauses(server, llamas):
+    assert httpx.post(f"{server.url}/sleep?level=1", timeout=60).status_code == 200
+    assert httpx.get(f"{server.url}/is_sleeping", timeout=60).json() == {"is_sleeping": True}
+    assert httpx.post(f"{server.url}/wake_up", timeout=60).status_code == 200
+    assert ask(server) == says(llamas / "first-twin")
+
+
+def test_weights_are_replaced_or_kept(server, llamas):
+    def reload(directory):
+        return post(
+            server, "/collective_rpc", method="reload_weights", kwargs={"weights_path": str(directory)}
+        )
+
+    response = reload(llamas / "other-pifa")
+    assert response.status_code >= 400
+    assert ask(server) == says(llamas / "first-twin")
+    assert "expected 90, found 87" in response.text + server.log.read_text()
+    assert reload(llamas / "second-pifa").status_code == 200
+    assert httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).status_code == 200
+    assert ask(server) == says(llamas / "second-twin")
