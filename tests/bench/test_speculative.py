@@ -23,6 +23,7 @@ from pifa_vllm.errors import PifaError
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
 
+RESULTS = Path(pifa_vllm.plugin.__file__).parents[1] / "bench" / "results" / "speculative-smollm2.json"
 README = Path(pifa_vllm.plugin.__file__).parent / "README.md"
 
 
@@ -50,7 +51,11 @@ def test_one_drafted_token_pays_from_the_cost_ratio_on():
     assert break_even(2, 1.0) is None
 
 
-def test_the_table_of_the_readme_is_the_generated_one():
+def test_the_tables_of_the_readme_are_the_generated_ones():
+    results = json.loads(RESULTS.read_text())
+    assert results["command"].startswith("pifa-vllm bench speculative ")
+    assert results["machine"]["cpu"]
+    assert speculative_table(results) in README.read_text()
     assert break_even_table() in README.read_text()
 
 
