@@ -20,12 +20,12 @@ def make_module(m, n, rank, seed, rows=None):
     """Random factors, or a dense matrix for rank None, and the matrix."""
     generator = torch.Generator().manual_seed(seed)
     if rank is None:
-        weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+        weight = torch.randn(m, n, generator=generator, dtype=torch.float32)
         return {"weight": weight}, weight
     if rows is None:
         rows = torch.randperm(m, generator=generator)[:rank].sort().values.int()
-    weight = torch.randn(rank, n, generator=generator, dtype=torch.float64)
-    coefficients = torch.randn(m - rank, rank, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rank, n, generator=generator, dtype=torch.float32)
+    coefficients = torch.randn(m - rank, rank, generator=generator, dtype=torch.float32)
     factors = PIFA(weight, coefficients, rows)
     return {suffix: getattr(factors, suffix) for suffix in SUFFIXES}, factors.dense()
 
@@ -36,7 +36,7 @@ def fill(layout, modules):
         **{
             name: torch.full(shape, -1, dtype=torch.int32)
             if name == "rows"
-            else torch.full(shape, math.nan, dtype=torch.float64)
+            else torch.full(shape, math.nan, dtype=torch.float32)
             for name, shape in layout.shapes().items()
         }
     )
@@ -109,18 +109,18 @@ def test_pivot_rows_that_lie_on_some_ranks_only(rows):
 
 
 def check_columns(held, matrices):
-    x = torch.randn(5, N, dtype=torch.float64)
+    x = torch.randn(5, N, dtype=torch.float32)
     started = [layout.start(parameters, x) for layout, parameters, _ in held]
     shared = torch.cat([own for own, _ in started], dim=-1)
     # What the real gather returns is cut to the stack by `start`, which saw one rank's part only.
     y_p = shared[..., : sum(shard.rank or 0 for shard in held[0][0].shards)]
     for (layout, parameters, outputs), (_, kept) in zip(held, started, strict=True):
-        bias = torch.randn(sum(end - begin for begin, end in outputs), dtype=torch.float64)
+        bias = torch.randn(sum(end - begin for begin, end in outputs), dtype=torch.float32)
         expected = torch.cat(
             [x @ w[begin:end].T for w, (begin, end) in zip(matrices, outputs, strict=True)], -1
         )
         y = layout.finish(parameters, y_p, kept, bias)
-        torch.testing.assert_close(y, expected + bias, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(y, expected + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_column_ranks_share_the_numbers_evenly():
@@ -146,7 +146,7 @@ def test_pivot_rows_are_held_once():
 def test_row_ranks_sum_to_the_layer(rank, tp_size):
     m, n = 32, 24
     tensors, matrix = make_module(m, n, rank, 0)
-    x, bias = torch.randn(5, n, dtype=torch.float64), torch.randn(m, dtype=torch.float64)
+    x, bias = torch.randn(5, n, dtype=torch.float32), torch.randn(m, dtype=torch.float32)
     size = n // tp_size
 
     def layouts(reduce_scatter):
@@ -175,5 +175,5 @@ def test_row_ranks_sum_to_the_layer(rank, tp_size):
         parameters = fill(layout, [tensors])
         numbers += parameters.pivot_weight.numel() + parameters.coefficients.numel()
         total = total + layout.apply(parameters, x[:, begin:end], bias if i == 0 else None)
-    torch.testing.assert_close(total, x @ matrix.T + bias, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total, x @ matrix.T + bias, rtol=1e-4, atol=1e-4)
     assert numbers == rank * n + (m - rank) * rank
