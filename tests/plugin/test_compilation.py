@@ -85,6 +85,9 @@ def test_other_ranks_are_compiled_anew(starts, expected):
     check(starts["other"]["said"], expected["other"])
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="vLLM's passes over pieces name ops that its CPU build lacks"
+)
 def test_as_many_pieces_as_the_dense_model(llamas, tmp_path, expected):
     models = [llamas / "first-pifa", llamas / "first-twin"]
     ours, dense = compile_models(models, tmp_path / "pieces", tmp_path / "cache", in_pieces=True)

@@ -23,7 +23,7 @@ def server(llamas, tmp_path_factory):
     running = Server(
         llamas / "first-pifa",
         tmp_path_factory.mktemp("log") / "server.log",
-        *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8"),
+        *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8", "--server.admin-routes"),
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
         VLLM_SERVER_DEV_MODE="1",
     )
