@@ -37,6 +37,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *("--server.ready-interval", "2", "--server.request-timeout", "60"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--tool-strict-level", "parameter"),
         # A random model would fill its answer with spaces.
+        *("--structured-outputs-config.backend", "xgrammar"),
         *("--structured-outputs-config.disable_any_whitespace", "true"),
     )
     try:

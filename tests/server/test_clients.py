@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -91,11 +92,15 @@ def test_json_schema(client):
     assert json.loads(answer.choices[0].message.content)["size"] in ("small", "large")
 
 
-def test_tools(client):
+def test_tools(client, checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # A random model would fill its answer with spaces.
+    spaces = tokenizer(" \t\n\r", add_special_tokens=False).input_ids
     answer = client.chat.completions.create(
         model="tiny",
         messages=MESSAGES,
-        max_tokens=60,
+        max_tokens=100,
+        logit_bias={str(token): -100 for token in spaces},
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "weather"}},
     )
