@@ -113,8 +113,8 @@ def test_values_that_only_the_engine_sees_end_with_one_paragraph(checkpoint, tmp
 @pytest.mark.vllm
 def test_wrong_flags_are_refused_before_the_engine_starts(checkpoint, tmp_path):
     log = tmp_path / "server.log"
-    assert start(checkpoint, log, "--tensor-parallel-size", "2").wait(START_SECONDS) == 1
-    assert "found --tensor-parallel-size 2" in log.read_text().rstrip().splitlines()[-1]
+    assert start(checkpoint, log, "--tensor-parallel-size", "3").wait(START_SECONDS) == 1
+    assert "cannot be shared out to 3 ranks" in log.read_text().rstrip().splitlines()[-1]
     assert start(checkpoint, log, "--no-such-flag").wait(START_SECONDS) == 2
     assert "unrecognized arguments: --no-such-flag" in log.read_text()
 
