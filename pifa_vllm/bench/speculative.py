@@ -103,7 +103,7 @@ def speculative(
     results |= {"command": command, "machine": describe_machine()}
     for draft in drafts:
         density = read_config(draft).density
-        if any(row["draft"] == draft.name for row in results["rows"]):
+        if any(row["checkpoint"] == draft.name for row in results["rows"]):
             continue
         job = Job(
             dense=str(dense),
@@ -114,7 +114,7 @@ def speculative(
             rounds=rounds,
             eager=eager,
         )
-        row = {"draft": draft.name, "density": density, **_measure_apart(job)}
+        row = {"checkpoint": draft.name, "density": density, **_measure_apart(job)}
         results["rows"].append(row)
         results["rows"].sort(key=lambda row: row["density"])
         replace_text(output, json.dumps(results, indent=1) + "\n")

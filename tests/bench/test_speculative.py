@@ -133,7 +133,7 @@ def test_a_run(models, tmp_path):
     assert "measured" in done[0].stdout
     results = json.loads(output.read_text())
     (row,) = results["rows"]
-    assert row["draft"] == "pifa"
+    assert row["checkpoint"] == "pifa"
     found = row["speculative"]["2"]
     assert len(row["dense"]) == len(row["draft"]) == len(found["ms_per_token"]) == 2
     assert found["identical"] == results["subject"]["prompts"]

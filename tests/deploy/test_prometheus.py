@@ -106,6 +106,10 @@ def prometheus(server, tmp_path_factory):
     command = ["prometheus", f"--config.file={root / 'prometheus.yml'}", f"--web.listen-address={address}"]
     with running([*command, f"--storage.tsdb.path={root / 'data'}"], log) as process:
         wait_for(f"http://{address}/-/ready", process, log)
+        deadline = time.monotonic() + START_SECONDS
+        while query(f"http://{address}", "up") != [1.0]:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
         load(server)
         yield f"http://{address}"
 
@@ -118,8 +122,11 @@ def load(server):
         client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": f"Hello {number}"}], max_tokens=16
         )
-        time.sleep(0.5)  # over several scrapes
+        time.sleep(1)  # over several scrapes
 
+    # A rate needs a scrape before, too, that knows the series.
+    chat(0)
+    time.sleep(3)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(chat, range(REQUESTS)))
     with pytest.raises(openai.NotFoundError):

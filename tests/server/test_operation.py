@@ -133,7 +133,7 @@ def test_long_requests_are_given_up(pair, checkpoint):
 
 
 def test_sigterm_lets_running_requests_finish(pair):
-    request = {"model": "tiny", "prompt": "Hi", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    request = {"model": "tiny", "prompt": "Hi", "max_tokens": 120, "stream": True, "ignore_eos": True}
     codes: list[int] = []
     stopping = threading.Thread(target=lambda: codes.append(pair.stop()))
     with httpx.stream(
@@ -144,6 +144,6 @@ def test_sigterm_lets_running_requests_finish(pair):
         stopping.start()
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
-    assert sum(line.startswith("data: {") for line in rest) > 300
+    assert sum(line.startswith("data: {") for line in rest) > 80
     stopping.join(120)
     assert codes == [0]
