@@ -50,6 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     gpu = kinds.add_parser("gpu", help="check the Triton kernels on this machine's GPU, and time its layers")
     gpu.add_argument("--output", type=Path, default=Path("gpu-check.json"), metavar="JSON", help="results")
     gpu.set_defaults(run=run_gpu)
+    ranks = kinds.add_parser("ranks", help="count what each tensor-parallel rank holds and sends")
+    ranks.add_argument("--models", default="llama2-70b,llama2-7b", help="(default: %(default)s)")
+    ranks.add_argument("--density", default="0.5", help="(default: %(default)s)")
+    ranks.add_argument("--output", type=Path, required=True, metavar="JSON", help="results")
+    ranks.set_defaults(run=run_ranks)
     predict = kinds.add_parser("predict", help="the cost model's times of the Triton kernels on common GPUs")
     predict.add_argument("--output", type=Path, required=True, metavar="JSON", help="results")
     predict.set_defaults(run=run_predict)
@@ -227,6 +232,26 @@ def run_gpu(args: argparse.Namespace) -> int:
     from pifa_vllm.bench.gpu_check import gpu_check
 
     gpu_check(args.output)
+    return 0
+
+
+def run_ranks(args: argparse.Namespace) -> int:
+    """Count and write."""
+    from pifa_vllm.bench.ranks import results, share_table
+    from pifa_vllm.bench.shapes import SHAPES
+    from pifa_vllm.checkpoint.atomic import replace_text
+    from pifa_vllm.cli.compress import command_line
+    from pifa_vllm.errors import PifaError
+
+    models = args.models.split(",")
+    if unknown := set(models) - set(SHAPES):
+        raise PifaError(
+            f"--models: expected some of {', '.join(SHAPES)}, found {', '.join(sorted(unknown))}."
+        )
+    (density,) = _densities("--density", args.density)
+    found = results(models, density, command_line(sys.argv))
+    replace_text(args.output, json.dumps(found, indent=1) + "\n")
+    print(*(f"{model}\n\n{share_table(found, model)}" for model in models), sep="\n\n")
     return 0
 
 
