@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
 
 from pifa_vllm.errors import PifaError
+from pifa_vllm.served import ServerProcess
 
-_START_SECONDS = 600.0
-_STOP_SECONDS = 60.0
 _LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 # What decides how a server runs, beside its flags.
 _SETTINGS = ("VLLM_", "OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES")
 
 
-class Server:
-    """`pifa-vllm serve` in a subprocess, ready when the context is entered and stopped when it is left.
+class Server(ServerProcess):
+    """A server that is measured.
 
     Attributes:
-        url: without /v1.
-        environment: of the process.
         start: {"seconds": from the start of the process until it is healthy, "weights_seconds": of these, what
             vLLM's loader reports, None where its log does not say}.
 
@@ -62,58 +53,24 @@ class Server:
         flags: list[str],
     ) -> None:
         self.name = name
-        self.log = log
-        self.url = f"http://127.0.0.1:{_free_port()}"
         self.start: dict[str, float | None] = {}
         self._kv_cache_bytes = kv_cache_bytes
-        self.environment = dict(os.environ) | ({} if plugins else {"VLLM_PLUGINS": ""})
-        self._command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory)]
-        self._command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        self._command += ["--served-model-name", name, "--dtype", str(dtype).removeprefix("torch.")]
+        own = ["--served-model-name", name, "--dtype", str(dtype).removeprefix("torch.")]
         # A prompt that was seen before must cost what it cost the first time.
-        self._command += [
-            "--kv-cache-memory-bytes",
-            str(kv_cache_bytes),
-            "--no-enable-prefix-caching",
-            *flags,
-        ]
+        own += ["--kv-cache-memory-bytes", str(kv_cache_bytes), "--no-enable-prefix-caching"]
+        environment = {} if plugins else {"VLLM_PLUGINS": ""}
+        title = f"the server {name}"
+        super().__init__(directory, _free_port(), log, [*own, *flags], name=title, environment=environment)
 
-    def __enter__(self) -> Server:
-        """Start and wait until it is healthy."""
-        started = time.monotonic()
-        with self.log.open("w") as log:
-            # Its own session, so that Ctrl-C reaches the benchmark alone, which then stops the server in order.
-            self._process = subprocess.Popen(
-                self._command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,
-            )
-        try:
-            while not self._healthy():
-                if self._process.poll() is not None:
-                    raise self._failure(
-                        f"ended with exit code {self._process.returncode} before it was ready"
-                    )
-                if time.monotonic() - started > _START_SECONDS:
-                    raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
-                time.sleep(0.1)
-        except BaseException:
-            self._stop()
-            raise
+    def __enter__(self) -> Self:
+        """Start, wait until it is healthy, and note how long that took."""
+        super().__enter__()
         loaded = _LOADED.search(self.log.read_text(errors="replace"))
         self.start = {
-            "seconds": time.monotonic() - started,
+            "seconds": self.seconds_to_ready,
             "weights_seconds": float(loaded[1]) if loaded else None,
         }
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
-        self._stop()
 
     def memory(self) -> dict[str, int]:
         """Measure its memory so far, in bytes.
@@ -143,7 +100,7 @@ class Server:
         return sum(t.user + t.system for t in times)
 
     def _kv_cache_tokens(self) -> int:
-        text = self._get("/metrics")
+        text = self.get("/metrics")
         labels: dict[str, str] = (
             dict(re.findall(r'(\w+)="([^"]*)"', match[1])) if (match := _CACHE.search(text)) else {}
         )
@@ -154,31 +111,6 @@ class Server:
                 f"{self.url}/metrics: expected num_gpu_blocks and block_size in vllm:cache_config_info, found "
                 f"{labels}."
             ) from error
-
-    def _healthy(self) -> bool:
-        try:
-            self._get("/health")
-        except (urllib.error.URLError, OSError):
-            return False
-        return True
-
-    def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30.0) as response:
-            text: str = response.read().decode()
-        return text
-
-    def _stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _failure(self, what: str) -> PifaError:
-        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        return PifaError(f"the server {self.name} {what}. The end of its log, {self.log}:\n{end}")
 
 
 def settings() -> dict[str, str]:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-import httpx
 from openai import OpenAI
 
 from pifa_vllm.errors import PifaError
-
-_START_SECONDS = 600.0
-_STOP_SECONDS = 60.0
+from pifa_vllm.served import ServerProcess
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,8 @@ class Answer:
     tokens_per_second: float
 
 
-class Server:
-    """`pifa-vllm serve` in a subprocess, ready when the context is entered and stopped when it is left.
+class Server(ServerProcess):
+    """A server with a context of 2,048 tokens.
 
     Args:
         directory: the checkpoint.
@@ -50,73 +43,8 @@ class Server:
     """
 
     def __init__(self, directory: Path, port: int, log: Path) -> None:
-        self.directory = directory
         self.port = _free_port(port)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        self.seconds_to_ready = 0.0
-
-    def __enter__(self) -> Server:
-        """Start and wait until it is healthy."""
-        command = [sys.executable, "-m", "pifa_vllm", "serve", str(self.directory)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "2048"]
-        started = time.monotonic()
-        with self.log.open("w") as log:
-            # Its own session, so that Ctrl-C reaches the demo alone, which then stops the server in order.
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        try:
-            while not self._healthy():
-                if self._process.poll() is not None:
-                    raise self._failure(
-                        f"ended with exit code {self._process.returncode} before it was ready"
-                    )
-                if time.monotonic() - started > _START_SECONDS:
-                    raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
-                time.sleep(0.5)
-        except BaseException:
-            self._stop()
-            raise
-        self.seconds_to_ready = time.monotonic() - started
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the server."""
-        self._stop()
-
-    def wait(self) -> None:
-        """Return when the server ends or Ctrl-C is pressed.
-
-        Raises:
-            PifaError: if it ends by itself.
-        """
-        try:
-            self._process.wait()
-        except KeyboardInterrupt:
-            return
-        raise self._failure(f"ended with exit code {self._process.returncode}")
-
-    def _healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
-
-    def _stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _failure(self, what: str) -> PifaError:
-        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        return PifaError(f"the server {what}. The end of its log, {self.log}:\n{end}")
+        super().__init__(directory, self.port, log, ["--max-model-len", "2048"])
 
 
 def ask(url: str, model: str, prompt: str, max_tokens: int = 128) -> Answer:

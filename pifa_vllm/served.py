@@ -1,0 +1,134 @@
+"""`pifa-vllm serve` as a subprocess: started, waited for, stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pifa_vllm.errors import PifaError
+
+_START_SECONDS = 600.0
+_STOP_SECONDS = 60.0
+_POLL_SECONDS = 0.1
+
+
+class ServerProcess:
+    """Ready when the context is entered, and stopped when it is left.
+
+    Attributes:
+        url: without /v1.
+        environment: of the process.
+        seconds_to_ready: from the start of the process until it is healthy.
+
+    Args:
+        directory: the checkpoint.
+        port: on this machine's loopback interface.
+        log: file for the server's output.
+        flags: of `vllm serve`.
+        name: what errors call it.
+        environment: variables beside this process's.
+
+    Raises:
+        PifaError: if it does not become ready, with the end of its log.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        port: int,
+        log: Path,
+        flags: list[str],
+        *,
+        name: str = "the server",
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.log = log
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = dict(os.environ) | (environment or {})
+        self.seconds_to_ready = 0.0
+        self._title = name
+        self._command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory)]
+        self._command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+
+    def __enter__(self) -> Self:
+        """Start and wait until it is healthy."""
+        started = time.monotonic()
+        with self.log.open("w") as log:
+            # Its own session, so that Ctrl-C reaches this process alone, which then stops the server in order.
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        try:
+            while not self._healthy():
+                if self._process.poll() is not None:
+                    raise self._failure(
+                        f"ended with exit code {self._process.returncode} before it was ready"
+                    )
+                if time.monotonic() - started > _START_SECONDS:
+                    raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            self._stop()
+            raise
+        self.seconds_to_ready = time.monotonic() - started
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self._stop()
+
+    def wait(self) -> None:
+        """Return when the server ends or Ctrl-C is pressed.
+
+        Raises:
+            PifaError: if it ends by itself.
+        """
+        try:
+            self._process.wait()
+        except KeyboardInterrupt:
+            return
+        raise self._failure(f"ended with exit code {self._process.returncode}")
+
+    def get(self, path: str) -> str:
+        """Return what it answers.
+
+        Raises:
+            OSError: if it does not, or with an error.
+        """
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30.0) as response:
+            text: str = response.read().decode()
+        return text
+
+    def _healthy(self) -> bool:
+        try:
+            self.get("/health")
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+    def _stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _failure(self, what: str) -> PifaError:
+        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return PifaError(f"{self._title} {what}. The end of its log, {self.log}:\n{end}")
