@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pifa_vllm.bench.e2e_load import Workload
-from pifa_vllm.checkpoint.atomic import replace_file
-from pifa_vllm.errors import PifaError
+from pifa_vllm.bench.plot import new_figure, save_figure
+from pifa_vllm.bench.table import table_head
 
 _SPEED_COLUMNS = (
     "requests",
@@ -64,7 +64,7 @@ def ratios(cell: dict[str, Any], server: str) -> tuple[float, float, float]:
 
 def speed_table(results: dict[str, Any]) -> str:
     """Speed of every server under every workload, as Markdown; medians over the rounds."""
-    lines = _head(_SPEED_COLUMNS)
+    lines = table_head(_SPEED_COLUMNS)
     for cell in results["cells"]:
         workload = Workload(**cell["workload"])
         for name in cell["servers"]:
@@ -93,7 +93,7 @@ def memory_table(results: dict[str, Any]) -> str:
     """
     servers = results["servers"]
     memory = max(x["weights"]["total"] + x["memory"]["kv_cache_bytes"] for x in servers.values())
-    lines = _head(_MEMORY_COLUMNS)
+    lines = table_head(_MEMORY_COLUMNS)
     for name, x in servers.items():
         weights, found = x["weights"], x["memory"]
         per_token = found["kv_cache_bytes"] / found["kv_cache_tokens"]
@@ -118,33 +118,23 @@ def plot(results: dict[str, Any], output: Path) -> None:
     Raises:
         PifaError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise PifaError("--plot needs matplotlib: install pifa-vllm[bench].") from error
     bars = [
         (f"{Workload(**cell['workload']).name}\n{name} to {cell['servers'][0]}", *ratios(cell, name))
         for cell in results["cells"]
         for name in cell["servers"][1:]
     ]
     labels, middles, lows, highs = zip(*reversed(bars), strict=True)
-    figure, axis = pyplot.subplots(figsize=(8.0, 1.0 + 0.5 * len(bars)))
+    figure, axis = new_figure(figsize=(8.0, 1.0 + 0.5 * len(bars)))
     below = [max(0.0, m - low) for m, low in zip(middles, lows, strict=True)]
     above = [max(0.0, high - m) for m, high in zip(middles, highs, strict=True)]
     axis.barh(labels, middles, xerr=[below, above], color="tab:blue", ecolor="black", capsize=2)
     axis.axvline(1.0, color="grey", linewidth=0.8)
     axis.set_xlabel("times the rate (prompt tokens/s where one token is generated, else generated tokens/s)")
     axis.tick_params(labelsize="small")
-    figure.tight_layout()
-    replace_file(output, lambda path: figure.savefig(path, format="svg"))
-    pyplot.close(figure)
+    save_figure(figure, output)
 
 
 def _milliseconds(seconds: list[float]) -> tuple[str, str]:
     if not seconds:
         return "", ""
     return f"{statistics.median(seconds) * 1e3:.0f}", f"{np.percentile(seconds, 99) * 1e3:.0f}"
-
-
-def _head(columns: tuple[str, ...]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pifa_vllm.checkpoint.atomic import replace_file
-from pifa_vllm.errors import PifaError
+from pifa_vllm.bench.plot import new_figure, save_figure
+from pifa_vllm.bench.table import table_head
 
 _DENSE = ("dense", "dense-vllm")
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -66,7 +66,7 @@ def block_table(results: dict[str, Any], density: float, name: str) -> str:
 
 
 def _ratios(cases: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    lines = table_head(_COLUMNS)
     for (layer, tokens), rows in cases.items():
         dense = _dense(rows, "float32")
         pifa, pifa16 = _find(rows, "pifa", "float32"), _find(rows, "pifa", "bfloat16")
@@ -95,7 +95,7 @@ def dispatch_table(results: dict[str, Any]) -> str:
     densities = sorted({row["density"] for row in results["rows"]})
     dtypes = sorted({row["dtype"] for row in results["rows"]})
     head = [f"{_NAMES[dtype]}, density {density:g}" for density in densities for dtype in dtypes]
-    lines = ["| layer | tokens | " + " | ".join(head) + " |", "|---" * (len(head) + 2) + "|"]
+    lines = table_head(["layer", "tokens", *head])
     cases = {(row["layer"], row["tokens"]): None for row in results["rows"]}
     for layer, tokens in cases:
         cells = []
@@ -115,19 +115,12 @@ def plot(results: dict[str, Any], output: Path) -> None:
     Raises:
         PifaError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PifaError("--plot needs matplotlib: pip install 'pifa-vllm[bench]'.") from error
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     density = min(row["density"] for row in results["rows"])
     cases = _cases(results["rows"], density)
     layers = list(dict.fromkeys(layer for layer, _ in cases))
     columns = min(3, len(layers))
     rows_of_panels = -(-len(layers) // columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = new_figure(
         rows_of_panels, columns, figsize=(4.2 * columns, 3.4 * rows_of_panels), sharey=True, squeeze=False
     )
     for axis in axes.flat[len(layers) :]:
@@ -154,9 +147,7 @@ def plot(results: dict[str, Any], output: Path) -> None:
         axis.minorticks_off()
     axes[0, 0].set_ylabel(f"times faster than dense f32 (density {density:g})")
     axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
-    replace_file(output, lambda path: figure.savefig(path, format="svg"))
-    pyplot.close(figure)
+    save_figure(figure, output)
 
 
 def _cases(rows: Rows, density: float) -> dict[tuple[str, int], list[dict[str, Any]]]:

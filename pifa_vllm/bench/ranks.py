@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.bench.shapes import LAYERS, SHAPES, LayerShape
+from pifa_vllm.bench.table import table_head
 from pifa_vllm.factorization import pifa_rank
 from pifa_vllm.plugin.column import ColumnLayout
 from pifa_vllm.plugin.layout import Layout, Shard
@@ -83,12 +84,8 @@ def share_table(found: dict[str, Any], model: str) -> str:
     """Markdown: bytes per rank and traffic per token of each scheme."""
     rows = found["models"][model]
     sizes = sorted({row["ranks"] for row in rows})
-    lines = [
-        "| scheme | "
-        + " | ".join(f"t = {t}" for t in sizes)
-        + f" | sent per token, t = {sizes[-1]} | collectives per layer |"
-    ]
-    lines.append("|---" * (len(sizes) + 3) + "|")
+    sent = f"sent per token, t = {sizes[-1]}"
+    lines = table_head(["scheme", *(f"t = {t}" for t in sizes), sent, "collectives per layer"])
     for scheme, title in TITLES.items():
         mine = {row["ranks"]: row for row in rows if row["scheme"] == scheme}
         cells = [f"{mine[t]['bytes'] / 1e9:.2f} GB ({mine[t]['part']:.3f})" for t in sizes]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from pifa_vllm.bench.table import table_head
+
 _COLUMNS = (
     "density",
     "K",
@@ -58,7 +60,7 @@ def speculative_table(results: dict[str, Any]) -> str:
     the acceptance length and the c that were measured; what the measured one falls short of it by is what
     verifying K + 1 tokens costs beyond one, and what drafting costs beside the draft's own steps.
     """
-    lines = _head(_COLUMNS)
+    lines = table_head(_COLUMNS)
     prompts = results["subject"]["prompts"]
     for row in sorted(results["rows"], key=lambda row: row["density"]):
         alone = statistics.median(row["dense"])
@@ -85,14 +87,10 @@ def speculative_table(results: dict[str, Any]) -> str:
 
 def break_even_table() -> str:
     """The acceptance rate that a draft must reach to pay, by its cost c and by K, as Markdown."""
-    lines = _head(("c", *(f"K = {k}" for k in _DRAFT_TOKENS)))
+    lines = table_head(("c", *(f"K = {k}" for k in _DRAFT_TOKENS)))
     for c in _COST_RATIOS:
         rates = [break_even(k, c) for k in _DRAFT_TOKENS]
         lines.append(
             "| " + " | ".join([f"{c:g}", *("never" if a is None else f"{a:.2f}" for a in rates)]) + " |"
         )
     return "\n".join(lines)
-
-
-def _head(columns: tuple[str, ...]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _TITLES = {
@@ -14,6 +15,11 @@ _TITLES = {
 }
 
 
+def table_head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
 def perplexity_table(results: dict[str, Any]) -> str:
     """Perplexities, one row per density and one column per variant, from `bench quality`'s JSON."""
     rows = results["rows"]
@@ -21,8 +27,7 @@ def perplexity_table(results: dict[str, Any]) -> str:
     found = {(row["density"], row["variant"]): row["perplexity"] for row in rows}
     variants = [name for name in _TITLES if any(row["variant"] == name for row in rows)]
     densities = sorted({row["density"] for row in rows if row["variant"] != "dense"}, reverse=True)
-    lines = ["| density | dense | " + " | ".join(_TITLES[name] for name in variants) + " |"]
-    lines.append("|---" * (len(variants) + 2) + "|")
+    lines = table_head(["density", "dense", *(_TITLES[name] for name in variants)])
     for density in densities:
         cells = [_figure(found.get((density, name))) for name in variants]
         lines.append(f"| {density:g} | {dense:.2f} | " + " | ".join(cells) + " |")

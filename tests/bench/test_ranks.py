@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 
 import pifa_vllm.bench
-from pifa_vllm.bench.ranks import results, share_table, shares
+from pifa_vllm.bench.ranks import RESULTS, results, share_table, shares
 
-RESULTS = Path(pifa_vllm.bench.__file__).parent / "results" / "tensor-parallel.json"
 README = Path(pifa_vllm.bench.__file__).parents[1] / "plugin" / "README.md"
 
 
