@@ -11,8 +11,8 @@ from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from pifa_vllm.ops import pifa_linear
 from pifa_vllm.ops.cpu import load
+from pifa_vllm.plugin.layout import dense
 
 
 class _Streamed:
@@ -29,7 +29,8 @@ class _Streamed:
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., n] to [..., m]."""
         if self.streamed:
-            return _dense(layer, x, bias)
+            weight: Tensor = layer.weight  # type: ignore[assignment]  # modules are not annotated
+            return dense(x, weight, bias)
         y: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]  # of vLLM's method beside it
         return y
 
@@ -40,10 +41,3 @@ class StreamedLinearMethod(_Streamed, UnquantizedLinearMethod):
 
 class StreamedEmbeddingMethod(_Streamed, UnquantizedEmbeddingMethod):
     """An lm_head, with or without weights of its own."""
-
-
-def _dense(layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    weight: Tensor = layer.weight  # type: ignore[assignment]  # modules are not annotated
-    m = weight.shape[0]
-    # A dense matrix is all pivot rows, in order.
-    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias)

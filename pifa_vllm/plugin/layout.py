@@ -148,9 +148,10 @@ class WholeLayout:
         )
 
 
-def dense(x: Tensor, weight: Tensor) -> Tensor:
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply x [..., n] by a dense matrix [m, n]: to the kernels one that is all pivot rows, in order."""
     m = weight.shape[0]
     if m == 0 or weight.shape[1] == 0:
-        return x.new_zeros((*x.shape[:-1], m))
-    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m])
+        y = x.new_zeros((*x.shape[:-1], m))
+        return y if bias is None else y + bias
+    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias)
