@@ -103,11 +103,10 @@ def read_weights(directory: Path, dtype: torch.dtype) -> Weights:
     modules = [LinearModule(e.name, e.m, e.n, e.rank, e.parameters) for e in compressed.values()]
     nbytes = 0
     for name, entry in shards.entries.items():
-        count = entry.nbytes // entry.dtype.itemsize
-        nbytes += count * (dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize)
+        nbytes += entry.served_nbytes(dtype)
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and len(entry.shape) == 2 and _LAYER.search(name):
-            modules.append(LinearModule(module, *entry.shape, None, count))
+            modules.append(LinearModule(module, *entry.shape, None, entry.shape[0] * entry.shape[1]))
     indices = sum(e.rank for e in compressed.values()) * torch.int32.itemsize
     saved = sum(e.m * e.n - e.parameters for e in compressed.values()) * dtype.itemsize
     return Weights(

@@ -146,8 +146,7 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
     counts = {"linear": 0, "total": 0, "dense_linear": 0}
     entries = Shards(directory).entries
     for name, entry in entries.items():
-        itemsize = dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize
-        nbytes = entry.nbytes // entry.dtype.itemsize * itemsize
+        nbytes = entry.served_nbytes(dtype)
         counts["total"] += nbytes
         if "_proj." not in name:
             continue
@@ -155,7 +154,7 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
         module, _, suffix = name.rpartition(".")
         if suffix == "pivot_weight":
             rest = entries[f"{module}.coefficients"].shape[0]
-            counts["dense_linear"] += (rest + entry.shape[0]) * entry.shape[1] * itemsize
+            counts["dense_linear"] += (rest + entry.shape[0]) * entry.shape[1] * dtype.itemsize
         elif suffix in ("weight", "bias"):
             counts["dense_linear"] += nbytes
     return counts

@@ -44,6 +44,11 @@ class TensorEntry:
             size *= extent
         return size
 
+    def served_nbytes(self, dtype: torch.dtype) -> int:
+        """Size in bytes when floating-point weights are served in `dtype`; integers stay what they are."""
+        itemsize = dtype.itemsize if self.dtype.is_floating_point else self.dtype.itemsize
+        return self.nbytes // self.dtype.itemsize * itemsize
+
 
 class Shards:
     """The tensors of a model directory, by name, over all of its safetensors shards.
