@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from pifa_vllm.errors import UnsupportedModelError
 
@@ -24,7 +25,7 @@ _OTHER_FORMATS = {
 
 
 def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what an engine of a PIFA checkpoint cannot do, and guard its adapters and reloads.
+    """Refuse what an engine of a PIFA checkpoint cannot do, guard its adapters and reloads, find its graphs again.
 
     Raises:
         UnsupportedModelError: saying which option to change.
@@ -34,6 +35,10 @@ def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
             f"--load-format {vllm_config.load_config.load_format}: expected a format that reads the "
             f"checkpoint's safetensors, found one that {reads}. Leave the option out."
         )
+    if current_platform.is_cpu():
+        from pifa_vllm.plugin.compiled import ensure_graphs_load
+
+        ensure_graphs_load()
     if vllm_config.quant_config is not config:
         return  # the model drafts for another one
     from pifa_vllm.plugin.reload import guard_reloads

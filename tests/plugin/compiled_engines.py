@@ -1,6 +1,8 @@
 """Compiles models in turn and writes what was compiled and what they said; started by test_compilation.py.
 
 Usage: python -m tests.plugin.compiled_engines JOB.json RESULT.json
+
+A job's "place" is a path that every model is copied to in its turn, over the one before: vLLM's cache knows paths.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,13 @@ def compile_in_pieces() -> None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    if job["in_pieces"]:
+    if job.get("in_pieces"):
         compile_in_pieces()
     found = []
     for model in job["models"]:
+        if place := job.get("place"):
+            shutil.rmtree(place, ignore_errors=True)
+            model = shutil.copytree(model, place)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         before = compilation_counter.clone()
