@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.1
 
 
 class ServerProcess:
-    """Ready when the context is entered, and stopped when it is left.
+    """Started when the context is entered, and stopped when it is left.
 
     Attributes:
         url: without /v1.
@@ -35,9 +35,6 @@ class ServerProcess:
         flags: of `vllm serve`.
         name: what errors call it.
         environment: variables beside this process's.
-
-    Raises:
-        PifaError: if it does not become ready, with the end of its log.
     """
 
     def __init__(
@@ -59,8 +56,8 @@ class ServerProcess:
         self._command += ["--host", "127.0.0.1", "--port", str(port), *flags]
 
     def __enter__(self) -> Self:
-        """Start and wait until it is healthy."""
-        started = time.monotonic()
+        """Start; it is not ready yet."""
+        self._started = time.monotonic()
         with self.log.open("w") as log:
             # Its own session, so that Ctrl-C reaches this process alone, which then stops the server in order.
             self._process = subprocess.Popen(
@@ -70,20 +67,21 @@ class ServerProcess:
                 env=self.environment,
                 start_new_session=True,
             )
-        try:
-            while not self._healthy():
-                if self._process.poll() is not None:
-                    raise self._failure(
-                        f"ended with exit code {self._process.returncode} before it was ready"
-                    )
-                if time.monotonic() - started > _START_SECONDS:
-                    raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            self._stop()
-            raise
-        self.seconds_to_ready = time.monotonic() - started
         return self
+
+    def wait_until_ready(self) -> None:
+        """Return when it is healthy.
+
+        Raises:
+            PifaError: if it ends before or takes too long, with the end of its log.
+        """
+        while not self._healthy():
+            if self._process.poll() is not None:
+                raise self._failure(f"ended with exit code {self._process.returncode} before it was ready")
+            if time.monotonic() - self._started > _START_SECONDS:
+                raise self._failure(f"was not ready after {_START_SECONDS:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        self.seconds_to_ready = time.monotonic() - self._started
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -191,6 +191,7 @@ def e2e(
                 flags=["--max-model-len", str(longest), *flags],
             )
             servers.append(stack.enter_context(server))
+            server.wait_until_ready()
             results["servers"].setdefault(x.name, {"starts": []})["starts"].append(server.start)
             say(f"{x.name}: ready after {server.start['seconds']:.1f} s")
         for workload in wanted:

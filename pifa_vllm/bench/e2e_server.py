@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import torch
@@ -36,9 +36,6 @@ class Server(ServerProcess):
         kv_cache_bytes: memory for the KV cache.
         plugins: False makes vLLM load no plugin at all, ours among them.
         flags: further flags of `vllm serve`.
-
-    Raises:
-        PifaError: if it does not become ready, with the end of its log.
     """
 
     def __init__(
@@ -62,15 +59,18 @@ class Server(ServerProcess):
         title = f"the server {name}"
         super().__init__(directory, _free_port(), log, [*own, *flags], name=title, environment=environment)
 
-    def __enter__(self) -> Self:
-        """Start, wait until it is healthy, and note how long that took."""
-        super().__enter__()
+    def wait_until_ready(self) -> None:
+        """Return when it is healthy, and note how long that took.
+
+        Raises:
+            PifaError: if it does not become ready, with the end of its log.
+        """
+        super().wait_until_ready()
         loaded = _LOADED.search(self.log.read_text(errors="replace"))
         self.start = {
             "seconds": self.seconds_to_ready,
             "weights_seconds": float(loaded[1]) if loaded else None,
         }
-        return self
 
     def memory(self) -> dict[str, int]:
         """Measure its memory so far, in bytes.

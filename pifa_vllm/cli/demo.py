@@ -79,5 +79,7 @@ def run(args: argparse.Namespace) -> int:
         text=args.text,
     )
     compressed = demo.compress()
-    demo.compare()
-    return demo.serve(compressed, args.port, args.prompt, forever=not args.no_serve_forever)
+    with demo.server(compressed, args.port) as server:
+        demo.compare()
+        demo.chat(server, args.prompt, forever=not args.no_serve_forever)
+    return 0

@@ -33,17 +33,21 @@ class Answer:
 class Server(ServerProcess):
     """A server with a context of 2,048 tokens.
 
+    Attributes:
+        model: its name in the API.
+
     Args:
         directory: the checkpoint.
         port: first port to try; the next free one is taken.
         log: file for the server's output.
 
     Raises:
-        PifaError: if it does not become ready, with the end of its log.
+        PifaError: if no port is free.
     """
 
     def __init__(self, directory: Path, port: int, log: Path) -> None:
         self.port = _free_port(port)
+        self.model = str(directory)
         super().__init__(directory, self.port, log, ["--max-model-len", "2048"])
 
 

@@ -78,29 +78,30 @@ class Demo:
             table.add_row(name, share, f"{self._perplexity(directory):.2f}")
         self.console.print(table)
 
-    def serve(self, directory: Path, port: int, prompt: str, *, forever: bool) -> int:
-        """Serve the checkpoint, send a chat request, and leave the server running or stop it.
-
-        Returns:
-            0 when the chat was answered and the server stopped as asked.
-        """
-        self.console.print(f"\n[b]== a vLLM server[/b] on {directory}, log in {self.log}", soft_wrap=True)
+    def server(self, directory: Path, port: int) -> Server:
+        """Return a server on the checkpoint, to be entered; it starts while the models are compared."""
+        self.console.print(
+            f"\n[b]== a vLLM server[/b] starts on {directory}, log in {self.log}", soft_wrap=True
+        )
         # SIGTERM ends the process without a word to the server, unless it is made an exception.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        with Server(directory, port, log=self.log) as server:
-            self.console.print(
-                f"ready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
-            )
-            answer = ask(server.url, str(directory), prompt)
-            self.console.print(answer.text, markup=False)
-            self.console.print(
-                f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
-                f"{answer.seconds_to_first_token:.2f} s"
-            )
-            if forever:
-                self.console.print(f"the server goes on at {server.url}/v1 (Ctrl-C stops it)")
-                server.wait()
-        return 0
+        return Server(directory, port, log=self.log)
+
+    def chat(self, server: Server, prompt: str, *, forever: bool) -> None:
+        """Send a chat request when the server is ready; with `forever`, return when Ctrl-C is pressed."""
+        server.wait_until_ready()
+        self.console.print(
+            f"\nready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
+        )
+        answer = ask(server.url, server.model, prompt)
+        self.console.print(answer.text, markup=False)
+        self.console.print(
+            f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
+            f"{answer.seconds_to_first_token:.2f} s"
+        )
+        if forever:
+            self.console.print(f"the server goes on at {server.url}/v1 (Ctrl-C stops it)")
+            server.wait()
 
     def _compress_by(self, method: Method, representation: Representation, tokens: Path) -> Path:
         directory = self._directory(method)

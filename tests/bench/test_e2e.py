@@ -210,7 +210,7 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
         "a", tmp_path / "no", torch.float32, tmp_path / "log", kv_cache_bytes=1, plugins=True, flags=[]
     )
     with pytest.raises(PifaError, match="expected a model directory, found none"), server:
-        pass
+        server.wait_until_ready()
 
 
 @pytest.mark.vllm

@@ -60,6 +60,6 @@ def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (
         pytest.raises(PifaError, match=r"ended with exit code 1 before it was ready.*server\.log"),
-        chat.Server(tmp_path, 8900, tmp_path / "server.log"),
+        chat.Server(tmp_path, 8900, tmp_path / "server.log") as server,
     ):
-        pass
+        server.wait_until_ready()
