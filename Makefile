@@ -63,7 +63,8 @@ test: development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TEST_ARGS)
+	@# The groups are those of tests/conftest.py.
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 test-matrix: development $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
 	$(BIN)/python .ci/matrix.py $(VENV) $(MATRIX:%=$(MATRIX_DIR)/%) --output $(MATRIX_DIR)/vllm-versions.json \

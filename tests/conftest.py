@@ -25,6 +25,18 @@ class Twins(NamedTuple):
     dense: Path
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup --no-loadscope-reorder`: what shares a server stays together, as does a file.
+
+    What starts engines begins first, so that no core is left with one of them at the end.
+    """
+    for item in items:
+        shares = item.path.parent.name == "server" and "server" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("server" if shares else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     """A tiny llama in two shards whose k_proj stay dense. Read it; copy it before changing it."""

@@ -30,6 +30,7 @@ def server(llamas, tmp_path_factory):
     try:
         running.wait()
         yield running
+        assert running.stop() == 0
     finally:
         running.process.kill()
 
