@@ -1,14 +1,16 @@
-"""`pifa-vllm serve` as a subprocess: started, waited for, stopped."""
+"""A vLLM server as a subprocess: started, waited for, stopped."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +37,7 @@ class ServerProcess:
         flags: of `vllm serve`.
         name: what errors call it.
         environment: variables beside this process's.
+        module: what Python runs, with its arguments before the directory.
     """
 
     def __init__(
@@ -46,13 +49,14 @@ class ServerProcess:
         *,
         name: str = "the server",
         environment: dict[str, str] | None = None,
+        module: Sequence[str] = ("pifa_vllm", "serve"),
     ) -> None:
         self.log = log
         self.url = f"http://127.0.0.1:{port}"
         self.environment = dict(os.environ) | (environment or {})
         self.seconds_to_ready = 0.0
         self._title = name
-        self._command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory)]
+        self._command = [sys.executable, "-m", *module, str(directory)]
         self._command += ["--host", "127.0.0.1", "--port", str(port), *flags]
 
     def __enter__(self) -> Self:
@@ -130,3 +134,11 @@ class ServerProcess:
     def _failure(self, what: str) -> PifaError:
         end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
         return PifaError(f"{self._title} {what}. The end of its log, {self.log}:\n{end}")
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

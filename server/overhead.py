@@ -11,61 +11,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from pifa_vllm_server.launch import set_cpu_defaults
 from pifa_vllm_server.model import versions
 
-from pifa_vllm.errors import PifaError
+from pifa_vllm.bench.quality import describe_machine
+from pifa_vllm.served import ServerProcess, free_port
 
 _SERVERS = ("pifa-vllm", "vllm")
+# In its first second without a request, vLLM's processes still look for the next one all the time.
+_SETTLE_SECONDS = 1.5
 
 
-@contextmanager
-def running(name: str, directory: Path, flags: list[str], log: Path) -> Iterator[str]:
-    """Run a server until the end of the block; yields its URL once it answers.
-
-    Raises:
-        PifaError: with the end of its log if it does not start.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m"]
+def server(name: str, directory: Path, flags: list[str], log: Path) -> ServerProcess:
+    """Return one of the two, to be entered."""
+    module = ["pifa_vllm", "serve"]
     if name == "vllm":
-        command += ["vllm.entrypoints.launchers.api_server.entry", "--model", str(directory)]
-    else:
-        command += ["pifa_vllm", "serve", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", *flags]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            if process.poll() is not None:
-                raise PifaError(f"{name} did not start: {log.read_text()[-2000:]}")
-            try:
-                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        module = ["vllm.entrypoints.launchers.api_server.entry", "--model"]
+    return ServerProcess(
+        directory, free_port(), log, ["--served-model-name", "model", *flags], name=name, module=module
+    )
 
 
 async def first_token(client: httpx.AsyncClient, url: str, prompt: str) -> float:
@@ -131,10 +103,12 @@ async def measure(
         for i in range(requests):
             # Each goes first as often as the other.
             for name in sorted(urls, reverse=bool(i % 2)):
+                await asyncio.sleep(_SETTLE_SECONDS)
                 seconds = await first_token(client, urls[name], f"Question {i}: what is the capital of")
                 found[name]["ttft_seconds"].append(seconds)
         for i in range(rounds):
             for name in sorted(urls, reverse=bool(i % 2)):
+                await asyncio.sleep(_SETTLE_SECONDS)
                 rate = await throughput(client, urls[name], at_once, tokens, i)
                 found[name]["tokens_per_second"].append(rate)
     return found
@@ -176,18 +150,19 @@ def main() -> None:
     set_cpu_defaults(flags)
     with tempfile.TemporaryDirectory() as folder:
         logs = {name: Path(folder) / f"{name}.log" for name in _SERVERS}
-        with (
-            running("pifa-vllm", args.model, flags, logs["pifa-vllm"]) as ours,
-            running("vllm", args.model, flags, logs["vllm"]) as bare,
-        ):
-            urls = {"pifa-vllm": ours, "vllm": bare}
+        with ExitStack() as stack:
+            urls = {}
+            for name in _SERVERS:
+                running = stack.enter_context(server(name, args.model, flags, logs[name]))
+                running.wait_until_ready()
+                urls[name] = running.url
             found = asyncio.run(measure(urls, args.rounds, args.requests, args.at_once, args.tokens))
     report = {
         "model": args.name or args.model.name,
         "flags": flags,
         "at_once": args.at_once,
         "tokens": args.tokens,
-        "machine": {"cores": psutil.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "machine": describe_machine(),
         "versions": versions(),
         "summary": summarize(found),
         "measured": found,

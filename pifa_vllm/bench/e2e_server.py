@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import psutil
 import torch
 
 from pifa_vllm.errors import PifaError
-from pifa_vllm.served import ServerProcess
+from pifa_vllm.served import ServerProcess, free_port
 
 _LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
@@ -57,7 +56,7 @@ class Server(ServerProcess):
         own += ["--kv-cache-memory-bytes", str(kv_cache_bytes), "--no-enable-prefix-caching"]
         environment = {} if plugins else {"VLLM_PLUGINS": ""}
         title = f"the server {name}"
-        super().__init__(directory, _free_port(), log, [*own, *flags], name=title, environment=environment)
+        super().__init__(directory, free_port(), log, [*own, *flags], name=title, environment=environment)
 
     def wait_until_ready(self) -> None:
         """Return when it is healthy, and note how long that took.
@@ -130,10 +129,3 @@ def _gpu_bytes(pids: set[int]) -> int:
     lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     rows: list[list[Any]] = [line.split(",") for line in lines if line.strip()]
     return sum(int(mib) << 20 for pid, mib in rows if int(pid) in pids)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
