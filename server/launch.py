@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import ssl
 import threading
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 from pifa_vllm_server import startup
@@ -28,6 +30,9 @@ _FEW_CORES = 4
 _POLL_SECONDS = 0.5
 # Of the memory that is free when the server starts, on a CPU.
 _KV_CACHE_SHARE = 0.25
+_SHARED_MEMORY = Path("/dev/shm")
+# What vLLM 0.32 asks for: ten messages of VLLM_MQ_MAX_CHUNK_BYTES_MB to the ranks, ten of 24 MiB from each of them.
+_QUEUE_MIB, _RANK_QUEUE_MIB = 160, 240
 _MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 
 
@@ -147,6 +152,28 @@ def check_port_is_free(arguments: argparse.Namespace) -> None:
                 f"--port: expected a free one, found {arguments.port} not to be had "
                 f"({error.strerror}). Choose another."
             ) from error
+
+
+def check_shared_memory(ranks: int = 1) -> None:
+    """Find out before a minute of loading that vLLM's queues between its processes do not fit, as in a container.
+
+    Args:
+        ranks: processes with weights, of all replicas on this machine.
+
+    Raises:
+        PifaError: saying how to give a container more.
+    """
+    from vllm.platforms import current_platform
+
+    # One GPU needs no such queue, and several say so by themselves.
+    if not current_platform.is_cpu() or not _SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(_SHARED_MEMORY).free >> 20
+    if free < (needed := _QUEUE_MIB + ranks * _RANK_QUEUE_MIB):
+        raise PifaError(
+            f"{_SHARED_MEMORY}: expected {needed} MiB free for the queues between vLLM's processes, found {free}. "
+            "Start a container with --shm-size 1g; a Kubernetes pod mounts an emptyDir with medium Memory there."
+        )
 
 
 def _announce(url: str, on_ready: Callable[[str], None], done: threading.Event) -> None:

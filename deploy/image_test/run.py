@@ -32,6 +32,8 @@ CONTAINER = "pifa-image-test"
 BUILD = ["podman", "build", "--isolation=chroot", "--network=host", "--format=docker", "--pull=never"]
 RUN = ["podman", "--runtime=runc", "run", "--network=host", "--ulimit=nofile=1024:1024"]
 RUN += ["--ulimit=nproc=1024:1024"]
+# As the documentation says.
+SHARED = "--shm-size=1g"
 START_SECONDS = 900
 
 
@@ -97,15 +99,17 @@ def inspect_image() -> None:
     tools = "for t in cc gcc g++ clang make cmake nvcc; do command -v $t; done; true"
     expect(not output(*RUN, "--rm", "--entrypoint=sh", IMAGE, "-c", tools), "no compiler, no make")
     expect("--density" in output(*RUN, "--rm", IMAGE, "demo", "--help"), "`IMAGE demo` is the demo")
-    empty = output(*RUN, "--rm", IMAGE, check=False).splitlines()[-1]
+    empty = output(*RUN, SHARED, "--rm", IMAGE, check=False).splitlines()[-1]
     expect("/model" in empty, f"without a model: {empty[:150]}")
+    little = output(*RUN, "--rm", "--shm-size=64m", IMAGE, "demo", check=False).splitlines()[-1]
+    expect("--shm-size 1g" in little, f"with little shared memory: {little[:150]}")
 
 
 def start(model: Path, *arguments: str) -> None:
     """Start the server's container in the background."""
     output("podman", "rm", "--force", "--time=0", CONTAINER, check=False)
     command = [*RUN, "--detach", f"--name={CONTAINER}", "--env=VLLM_CPU_KVCACHE_SPACE=1"]
-    output(*command, f"--volume={model}:/model:ro", IMAGE, *arguments)
+    output(*command, SHARED, f"--volume={model}:/model:ro", IMAGE, *arguments)
 
 
 def stop() -> int:
@@ -176,7 +180,7 @@ def demo() -> None:
     """Run the demo, with less calibration than it takes by itself."""
     arguments = ["demo", "--no-serve-forever", "--samples=2", "--length=128"]
     with timed("`IMAGE demo`, little calibration"):
-        printed = output(*RUN, "--rm", "--env=VLLM_CPU_KVCACHE_SPACE=1", IMAGE, *arguments)
+        printed = output(*RUN, SHARED, "--rm", "--env=VLLM_CPU_KVCACHE_SPACE=1", IMAGE, *arguments)
     print("\n".join(f"   {line}" for line in printed.splitlines()[-12:]))
 
 

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from pifa_vllm_server.launch import (
         add_server,
         check_port_is_free,
+        check_shared_memory,
         parse_arguments,
         serve,
         set_cpu_defaults,
@@ -84,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
     arguments = parse_arguments(model, flags)
     add_server(arguments, args.settings(args))
     check_port_is_free(arguments)
+    check_shared_memory(
+        arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
+    )
     names = arguments.served_model_name or [model]
     for name in compressed:
         check_tensor_parallel_size(Path(name), arguments.tensor_parallel_size)

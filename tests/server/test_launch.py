@@ -18,7 +18,10 @@ from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
 
-from pifa_vllm_server.launch import server_url, set_cpu_defaults
+from pifa_vllm_server import launch
+from pifa_vllm_server.launch import check_shared_memory, server_url, set_cpu_defaults
+
+from pifa_vllm.errors import PifaError
 
 START_SECONDS = 240
 
@@ -127,6 +130,18 @@ def test_url_is_one_that_this_machine_reaches():
     assert url(host="10.0.0.3", port=9, root_path="/x/") == "http://10.0.0.3:9/x"
     assert url(host="::1") == "http://[::1]:8000"
     assert url(ssl_certfile="cert.pem") == "https://localhost:8000"
+
+
+def test_a_containers_little_shared_memory_is_found_before_loading(monkeypatch):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("one GPU needs no queues")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: usage._replace(free=410 << 20))
+    check_shared_memory(1)
+    with pytest.raises(PifaError, match=r"/dev/shm: expected 640 MiB free .* found 410\. .*--shm-size 1g"):
+        check_shared_memory(2)
 
 
 def test_cpu_defaults_yield_to_the_user(monkeypatch):
