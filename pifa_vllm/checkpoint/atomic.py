@@ -12,6 +12,10 @@ from safetensors import SafetensorError
 
 from pifa_vllm.errors import CheckpointError
 
+# Only setting it tells what it is.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a scratch file beside `target`, push it to the disk, and rename it into place.
@@ -26,6 +30,8 @@ def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     scratch = target.with_name(f".{target.name}.tmp")
     try:
         write(scratch)
+        # safetensors makes files that only their owner reads, and a server may run as another user.
+        scratch.chmod(0o666 & ~_UMASK)
         sync(scratch)
         os.replace(scratch, target)
         sync(target.parent)

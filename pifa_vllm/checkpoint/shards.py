@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,11 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     """Yield the name and entry of every tensor in one shard.
 
     Raises:
-        CheckpointError: if the file is no safetensors file, or not a whole one.
+        CheckpointError: if the file is no safetensors file, not a whole one, or not this user's to read.
     """
+    if path.exists() and not os.access(path, os.R_OK):
+        # safetensors would say that there is none.
+        raise CheckpointError(f"{path}: this process's user (id {os.geteuid()}) is not allowed to read it.")
     try:
         with safe_open(path, framework="pt", device="cpu") as shard:
             for name in shard.keys():  # noqa: SIM118  # safe_open is no mapping

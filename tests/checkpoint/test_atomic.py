@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pifa_vllm.checkpoint.atomic import replace_file, replace_text
 from pifa_vllm.errors import CheckpointError
@@ -12,6 +14,14 @@ def test_text_is_replaced_whole(tmp_path: Path) -> None:
     replace_text(path, "là\n")
     assert path.read_bytes() == "là\n".encode()
     assert [p.name for p in tmp_path.iterdir()] == ["some.txt"]
+
+
+def test_files_are_for_whom_the_umask_lets_read(tmp_path: Path) -> None:
+    """A server in a container runs as another user; safetensors alone would keep the file to its owner."""
+    path, usual = tmp_path / "model.safetensors", tmp_path / "usual"
+    replace_file(path, lambda scratch: save_file({"x": torch.zeros(1)}, scratch))
+    usual.touch()
+    assert path.stat().st_mode == usual.stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from pifa_vllm.checkpoint import Shards
-from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, read_header
 from pifa_vllm.errors import CheckpointError
 from tests.checkpoint.sample import SHARDS, Sample
 
@@ -164,3 +165,16 @@ def test_dtypes_that_are_not_read(tmp_path: Path) -> None:
         CheckpointError, match=r"model\.safetensors: tensor a: expected one of .*found F8_E4M3"
     ):
         Shards(tmp_path)
+
+
+def test_a_file_of_somebody_else_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    # Who is root may read everything.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(
+        CheckpointError, match=rf"{path}: this process's user \(id \d+\) is not allowed to read it"
+    ):
+        list(read_header(path))
