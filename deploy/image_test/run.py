@@ -100,7 +100,7 @@ def inspect_image() -> None:
     expect(not output(*RUN, "--rm", "--entrypoint=sh", IMAGE, "-c", tools), "no compiler, no make")
     expect("--density" in output(*RUN, "--rm", IMAGE, "demo", "--help"), "`IMAGE demo` is the demo")
     empty = output(*RUN, SHARED, "--rm", IMAGE, check=False).splitlines()[-1]
-    expect("/model" in empty, f"without a model: {empty[:150]}")
+    expect("mount one: -v" in empty, f"without a model: {empty[:150]}")
     little = output(*RUN, "--rm", "--shm-size=64m", IMAGE, "demo", check=False).splitlines()[-1]
     expect("--shm-size 1g" in little, f"with little shared memory: {little[:150]}")
 

@@ -36,6 +36,9 @@ def test_missing_directories_are_not_taken_for_hub_names(name):
 
 
 def test_dense_models_and_hub_names_pass(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"found an empty directory.*-v \./model:"):
+        check_model(str(tmp_path / "empty"))
     check_model(str(save_tiny_model(tmp_path / "dense")))
     check_model("someone/some-model")
 
