@@ -191,7 +191,8 @@ def check_model(model: str) -> bool:
         return False  # a name on a hub: vLLM's to resolve
     if not any(directory.iterdir()):
         raise CheckpointError(
-            f"{directory}: expected a model, found an empty directory. In a container, mount one: -v ./model:{model}"
+            f"{directory}: expected a model, found an empty directory. In a container, mount one: "
+            f"-v ./model:{model}"
         )
     # Whatever else vLLM serves (GGUF, FP8, pickled weights) is vLLM's to judge.
     if not (directory / "config.json").is_file() or not is_pifa(directory):
