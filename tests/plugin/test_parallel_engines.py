@@ -12,7 +12,8 @@ from tests.pifa_tiny import save_pifa_twin
 from tests.plugin.test_engines import check_answers, ranks, run_engines, transformers_says
 from tests.tiny import save_tiny_model
 
-pytestmark = pytest.mark.vllm
+# The first test waits for seven processes with engines, four of which compile.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 # Architecture and heads for keys and values: grouped, fewer than ranks and with biases, one for each of 4 queries.
 MODELS = {"grouped": ("llama", 2), "shared": ("qwen2", 1), "many": ("llama", 4)}
