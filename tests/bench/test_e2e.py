@@ -38,6 +38,9 @@ class StubServer:
     def __exit__(self, *_):
         pass
 
+    def wait_until_ready(self):
+        pass
+
     def cpu_seconds(self):
         return 0.0
 

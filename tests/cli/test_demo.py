@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +30,36 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         def compare(self) -> None:
             calls.append(("compare", None))
 
-        def serve(self, directory: Path, port: int, prompt: str, *, forever: bool) -> int:
-            calls.append(("serve", (directory, port, prompt, forever)))
-            return 3
+        @contextmanager
+        def server(self, directory: Path, port: int) -> Iterator[str]:
+            calls.append(("server", (directory, port)))
+            yield "the server"
+            calls.append(("stopped", None))
+
+        def chat(self, server: str, prompt: str, *, forever: bool) -> None:
+            calls.append(("chat", (server, prompt, forever)))
 
     monkeypatch.setattr(steps, "Demo", Demo)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     return calls
 
 
-def test_the_steps_in_their_order_and_the_servers_exit_code(
-    told: list[tuple[str, Any]], tmp_path: Path
-) -> None:
+def test_the_steps_in_their_order(told: list[tuple[str, Any]], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x")
     options = ["--density", "0.8", "--work-dir", "w", "--samples", "2", "--length", "64", "--text", str(text)]
-    assert main(["demo", *options, "--port", "9", "--prompt", "Hi", "--no-serve-forever"]) == 3
-    assert [name for name, _ in told] == ["demo", "compress", "compare", "serve"]
+    assert main(["demo", *options, "--port", "9", "--prompt", "Hi", "--no-serve-forever"]) == 0
+    # The server starts while the models are compared.
+    assert [name for name, _ in told] == ["demo", "compress", "server", "compare", "chat", "stopped"]
     assert told[0][1] == {"work_dir": Path("w"), "density": 0.8, "samples": 2, "length": 64, "text": text}
-    assert told[3][1] == (Path("compressed"), 9, "Hi", False)
+    assert told[2][1] == (Path("compressed"), 9)
+    assert told[4][1] == ("the server", "Hi", False)
 
 
 def test_left_alone_it_serves_until_stopped(told: list[tuple[str, Any]]) -> None:
     main(["demo"])
     assert told[0][1]["text"] is None
-    assert told[3][1][3] is True
+    assert told[4][1][2] is True
 
 
 def test_missing_packages_are_named_before_anything_is_made(
