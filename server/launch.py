@@ -117,10 +117,10 @@ def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> Non
     if hasattr(vllm.logger, "configure_logging_from_args"):
         vllm.logger.configure_logging_from_args(arguments)
     url = server_url(arguments)
-    done = startup.begin(arguments.model_tag)
-    threading.Thread(target=_announce, args=(url, on_ready, done), daemon=True).start()
     (command,) = cmd_init()
-    command.cmd(arguments)
+    with startup.told(arguments.model_tag) as done:
+        threading.Thread(target=_announce, args=(url, on_ready, done), daemon=True).start()
+        command.cmd(arguments)
 
 
 def server_url(arguments: argparse.Namespace) -> str:

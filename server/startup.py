@@ -6,6 +6,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 from pifa_vllm_server.memory import resident_by_role, server_pid
@@ -17,8 +19,11 @@ _EVERY_SECONDS = 10.0
 _STARTED = "PIFA_SERVER_STARTED_AT"
 
 
-def begin(what: str) -> threading.Event:
-    """Log that the server starts, and until the returned event is set, every ten seconds that it still does.
+@contextmanager
+def told(what: str) -> Iterator[threading.Event]:
+    """Log that the server starts, and every ten seconds that it still does: until the event is set, or the end.
+
+    Nothing is logged after the end, so that an error that the start ends with has the last word.
 
     Args:
         what: is to be loaded.
@@ -26,8 +31,13 @@ def begin(what: str) -> threading.Event:
     os.environ[_STARTED] = str(time.time())
     done = threading.Event()
     logger.info("starting: %s. Next: engine process, weights, compilation, KV cache.", what)
-    threading.Thread(target=_tell, args=(done,), daemon=True).start()
-    return done
+    teller = threading.Thread(target=_tell, args=(done,), daemon=True)
+    teller.start()
+    try:
+        yield done
+    finally:
+        done.set()
+        teller.join()
 
 
 def started_at() -> float:
