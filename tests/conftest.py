@@ -25,15 +25,17 @@ class Twins(NamedTuple):
     dense: Path
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup --no-loadscope-reorder`: what shares a server stays together, as does a file.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """For `--dist loadgroup`: what shares a server stays together, as does a file.
 
-    What starts engines begins first, so that no core is left with one of them at the end.
+    Not in pytest_collection_modifyitems: xdist reads the groups there, before any conftest is asked.
     """
-    for item in items:
-        shares = item.path.parent.name == "server" and "server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("server" if shares else str(item.path)))
+    shares = item.path.parent.name == "server" and "server" in getattr(item, "fixturenames", ())
+    item.add_marker(pytest.mark.xdist_group("server" if shares else item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts engines begins first, so that no core is left with one of them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
