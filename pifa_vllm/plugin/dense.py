@@ -11,7 +11,7 @@ from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from pifa_vllm.ops.cpu import load
+from pifa_vllm.ops.cpu import ask_for_large_pages, load
 from pifa_vllm.plugin.layout import dense
 
 
@@ -23,7 +23,10 @@ class _Streamed:
     def process_weights_after_loading(self, layer: Module) -> None:
         """Leave the weight as it is, if the native kernel is there to read it."""
         self.streamed = load()
-        if not self.streamed:
+        if self.streamed:
+            weight: Tensor = layer.weight  # type: ignore[assignment]  # modules are not annotated
+            ask_for_large_pages(weight)
+        else:
             super().process_weights_after_loading(layer)  # type: ignore[misc]  # of vLLM's method beside it
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from pifa_vllm.checkpoint import check_finite, check_pivot_rows
 from pifa_vllm.errors import CheckpointError
-from pifa_vllm.ops.cpu import load
+from pifa_vllm.ops.cpu import ask_for_large_pages, load
 from pifa_vllm.plugin.layout import Layout, Parameters, Shard
 from pifa_vllm.plugin.parallel import choose_layout
 
@@ -87,6 +87,8 @@ class PIFALinearMethod(LinearMethodBase):
             self._finish(layer)
         if layer.rows.device.type == "cpu":
             load()
+            for factor in (layer.pivot_weight, layer.coefficients):
+                ask_for_large_pages(factor)
 
     def _finish(self, layer: LinearBase) -> None:
         parameters = _parameters(layer)

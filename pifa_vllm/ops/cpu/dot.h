@@ -35,12 +35,43 @@ inline void dot_tile(const W* w, int64_t k, const float* x, int64_t ldx, float (
     for (int t = 0; t < T; ++t) out[r][t] = sum(acc[r][t]);
 }
 
+// Of a row, in bytes. Shorter ones end before the prefetchers have caught up with many of them side by side; one after
+// the other they are a single long stream.
+constexpr int64_t kShortRow = 2560;
+
+// w . x over k elements: one row and one token. Prefetches reach into the rows that follow.
+template <typename W>
+inline float dot_row(const W* w, int64_t k, const float* x) {
+  constexpr int kParts = kGroup<W> / kLanes, kGroups = 4;
+  constexpr int64_t kStep = kGroups * kGroup<W>, kAhead = 1024;  // elements; bytes
+  vfloat acc[kGroups * kParts] = {};
+  const auto add = [&](const W* group, const float* staged, int into) {
+    vfloat wide[kParts];
+    expand(group, wide);
+    for (int part = 0; part < kParts; ++part) acc[into * kParts + part] += wide[part] * load(staged + part * kLanes);
+  };
+  int64_t i = 0;
+  for (; i + kStep <= k; i += kStep) {
+    for (int64_t byte = 0; byte < kStep * int64_t(sizeof(W)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + byte);
+    for (int group = 0; group < kGroups; ++group) add(w + i + group * kGroup<W>, x + i + group * kGroup<W>, group);
+  }
+  for (; i + kGroup<W> <= k; i += kGroup<W>) add(w + i, x + i, 0);
+  if (i < k) {
+    W padded[kGroup<W>] = {};
+    std::memcpy(padded, w + i, (k - i) * sizeof(W));
+    add(padded, x + i, 0);
+  }
+  for (int j = 1; j < kGroups * kParts; ++j) acc[0] += acc[j];
+  return sum(acc[0]);
+}
+
 // Staged activations are [token][feature], features in the staged order of W.
 template <typename W, int T>
 struct DotRows {
   static_assert(T <= 4);
   // Many rows are many streams from memory at once, but rows by tokens are sums, of which sixteen registers hold twelve
-  // beside the operands. The hardware's prefetchers follow these streams better alone than with prefetches from here.
+  // beside the operands. The hardware's prefetchers follow long streams better alone than with prefetches from here.
   static constexpr int kRows = T == 1 ? 8 : 12 / T;
   static constexpr int kTokens = T;
 
@@ -58,6 +89,13 @@ struct DotRows {
   static void stream(const W* w, int64_t begin, int64_t end, int64_t k, const float* x, const Emit& emit) {
     float out[kRows][4];
     int64_t row = begin;
+    if (T == 1 && k * int64_t(sizeof(W)) <= kShortRow) {
+      for (; row < end; ++row) {
+        out[0][0] = dot_row(w + row * k, k, x);
+        emit(row, out[0]);
+      }
+      return;
+    }
     for (; row + kRows <= end; row += kRows) {
       dot_tile<kRows, T>(w + row * k, k, x, stride(k), out);
       for (int r = 0; r < kRows; ++r) emit(row + r, out[r]);

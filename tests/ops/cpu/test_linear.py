@@ -37,6 +37,16 @@ def test_every_number_of_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rank", "m", "n"), [(3, 20, 1411), (1301, 1311, 1411), (640, 648, 640), (1280, 1283, 1280)]
+)
+def test_one_token_and_rows_around_the_length_that_counts_as_short(rank, m, n, dtype):
+    layer = Layer.random([rank], [m], n, dtype)
+    x = torch.randn(1, n).to(dtype)
+    check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 40])
 def test_no_output_and_no_scratch_is_left_unwritten(tokens, dtype):
     """With deterministic algorithms on, torch fills what it hands out with NaN."""
