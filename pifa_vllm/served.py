@@ -73,6 +73,11 @@ class ServerProcess:
             )
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started, vLLM's API server."""
+        return self._process.pid
+
     def wait_until_ready(self) -> None:
         """Return when it is healthy.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import openai
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests/, which is not installed
 
+from pifa_vllm.bench.quality import describe_machine  # noqa: E402
 from tests.pifa_tiny import save_pifa_twin  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
@@ -36,6 +38,15 @@ RUN += ["--ulimit=nproc=1024:1024"]
 SHARED = "--shm-size=1g"
 START_SECONDS = 900
 
+# What was seen, in order; with seconds where they were taken.
+seen: list[dict[str, object]] = []
+
+
+def note(what: str, seconds: float | None = None) -> None:
+    """Print what was seen, and keep it for `--output`."""
+    seen.append({"seen": what} if seconds is None else {"seen": what, "seconds": round(seconds, 1)})
+    print(f"== {what}" if seconds is None else f"== {what}: {seconds:.0f} s", flush=True)
+
 
 def output(*command: str, check: bool = True) -> str:
     """Run a command and return what it prints."""
@@ -48,19 +59,19 @@ def output(*command: str, check: bool = True) -> str:
 
 
 def expect(condition: object, what: str) -> None:
-    """Print what was seen to be so, or end."""
+    """Note what was seen to be so, or end."""
     if not condition:
         logs = output("podman", "logs", "--tail", "40", CONTAINER, check=False)
         sys.exit(f"== FAILED: {what}\n{logs}")
-    print(f"== {what}", flush=True)
+    note(what)
 
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long it took."""
+    """Note how long it took."""
     started = time.monotonic()
     yield
-    print(f"== {what}: {time.monotonic() - started:.0f} s", flush=True)
+    note(what, time.monotonic() - started)
 
 
 def build() -> None:
@@ -75,7 +86,7 @@ def build() -> None:
     build_target("cpu", IMAGE, *mounts)
     build_target("cuda", "pifa-vllm:cuda", f"--build-arg=CUDA_BASE={stand_in}", *mounts)
     size = int(output("podman", "image", "inspect", "--format={{.Size}}", IMAGE))
-    print(f"== {IMAGE}: {size / 1e9:.2f} GB")
+    note(f"{IMAGE}: {size / 1e9:.2f} GB")
 
 
 def build_target(target: str, image: str, *arguments: str) -> None:
@@ -181,7 +192,8 @@ def demo() -> None:
     arguments = ["demo", "--no-serve-forever", "--samples=2", "--length=128"]
     with timed("`IMAGE demo`, little calibration"):
         printed = output(*RUN, SHARED, "--rm", "--env=VLLM_CPU_KVCACHE_SPACE=1", IMAGE, *arguments)
-    print("\n".join(f"   {line}" for line in printed.splitlines()[-12:]))
+    for line in printed.splitlines()[-12:]:
+        note(f"   {line}")
 
 
 def main() -> None:
@@ -193,6 +205,7 @@ def main() -> None:
         "--port", type=int, default=8000, help="host port; the health check is tried on 8000 only"
     )
     parser.add_argument("--no-build", action="store_true", help="test the image that there is")
+    parser.add_argument("--output", type=Path, help="JSON file for what was seen")
     arguments = parser.parse_args()
     if not arguments.no_build:
         build()
@@ -208,7 +221,14 @@ def main() -> None:
         finally:
             output("podman", "rm", "--force", "--time=0", CONTAINER, check=False)
     demo()
-    print("== image test passed")
+    note("image test passed")
+    if arguments.output:
+        report = {
+            "command": sys.argv[1:],
+            "machine": describe_machine(),
+            "podman": output("podman", "--version"),
+        }
+        arguments.output.write_text(json.dumps({**report, "seen": seen}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
