@@ -63,8 +63,8 @@ test: development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@# The groups are those of tests/conftest.py.
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	@# The groups are those of tests/conftest.py. Three processes keep two cores busy: a server's start is one thread.
+	$(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 test-matrix: development $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
 	$(BIN)/python .ci/matrix.py $(VENV) $(MATRIX:%=$(MATRIX_DIR)/%) --output $(MATRIX_DIR)/vllm-versions.json \

@@ -8,13 +8,20 @@ import os
 # slow everything down as soon as two processes share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
+
+if TYPE_CHECKING:
+    from tests.server.serving import Server
+
+# Whose tests share the server below.
+SHARING = ("deploy", "server")
 
 
 class Twins(NamedTuple):
@@ -30,7 +37,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     Not in pytest_collection_modifyitems: xdist reads the groups there, before any conftest is asked.
     """
-    shares = item.path.parent.name == "server" and "server" in getattr(item, "fixturenames", ())
+    shares = item.path.parent.name in SHARING and "server" in getattr(item, "fixturenames", ())
     item.add_marker(pytest.mark.xdist_group("server" if shares else item.nodeid.partition("::")[0]))
 
 
@@ -52,3 +59,41 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Twins:
         ranks=lambda name, m, n: None if name.endswith("k_proj") else min(m, n) // 2,
     )
     return found
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PIFA checkpoint whose k_proj stay dense, in float32."""
+    root = tmp_path_factory.mktemp("served")
+    # vLLM's CPU attention takes head sizes from 32 on.
+    save_tiny_model(root / "dense", hidden=128, intermediate=176)
+    save_pifa_twin(
+        root / "dense",
+        root / "pifa",
+        root / "twin",
+        ranks=lambda name, m, n: None if name.endswith("k_proj") else min(m, n) // 2,
+    )
+    return root / "pifa"
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`pifa-vllm serve` without a key, with a limit on requests that tests can reach."""
+    from tests.server.serving import Server
+
+    running = Server(
+        checkpoint,
+        tmp_path_factory.mktemp("log") / "server.log",
+        *("--max-model-len", "256", "--server.max-concurrent-requests", "48"),
+        *("--server.ready-interval", "2", "--server.request-timeout", "60"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--tool-strict-level", "parameter"),
+        # A random model would fill its answer with spaces.
+        *("--structured-outputs-config.backend", "xgrammar"),
+        *("--structured-outputs-config.disable_any_whitespace", "true"),
+    )
+    try:
+        running.wait()
+        yield running
+        assert running.stop() == 0
+    finally:
+        running.process.kill()

@@ -10,16 +10,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
-
-from tests.pifa_tiny import save_pifa_twin
-from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -71,52 +67,35 @@ def wait_for(url, process, log):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a server with a tiny PIFA checkpoint."""
-    root = tmp_path_factory.mktemp("monitored")
-    # vLLM's CPU attention takes head sizes from 32 on.
-    save_tiny_model(root / "dense", hidden=128, intermediate=176)
-    save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
-    port, log = free_port(), root / "server.log"
-    command = [sys.executable, "-m", "pifa_vllm", "serve", str(root / "pifa"), "--host", "127.0.0.1"]
-    command += [
-        "--port",
-        str(port),
-        "--enforce-eager",
-        "--max-model-len",
-        "128",
-        "--served-model-name",
-        "tiny",
-    ]
-    with running(command, log, VLLM_CPU_KVCACHE_SPACE="1") as process:
-        wait_for(f"http://127.0.0.1:{port}/ready", process, log)
-        yield f"127.0.0.1:{port}"
+def address(server):
+    """Host and port of the server."""
+    return server.url.removeprefix("http://")
 
 
 @pytest.fixture(scope="module")
-def prometheus(server, tmp_path_factory):
+def prometheus(address, tmp_path_factory):
     """The address of a Prometheus with the committed configuration, but for the target and the intervals."""
     root = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [server]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [address]
     (root / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address, log = f"127.0.0.1:{free_port()}", root / "prometheus.log"
-    command = ["prometheus", f"--config.file={root / 'prometheus.yml'}", f"--web.listen-address={address}"]
+    own, log = f"127.0.0.1:{free_port()}", root / "prometheus.log"
+    command = ["prometheus", f"--config.file={root / 'prometheus.yml'}", f"--web.listen-address={own}"]
     with running([*command, f"--storage.tsdb.path={root / 'data'}"], log) as process:
-        wait_for(f"http://{address}/-/ready", process, log)
+        wait_for(f"http://{own}/-/ready", process, log)
         deadline = time.monotonic() + START_SECONDS
-        while query(f"http://{address}", "up") != [1.0]:
+        while query(f"http://{own}", "up") != [1.0]:
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.5)
-        load(server)
-        yield f"http://{address}"
+        load(address)
+        yield f"http://{own}"
 
 
-def load(server):
+def load(address):
     """Some seconds of requests from the OpenAI client, good ones and one that is not."""
-    client = openai.OpenAI(base_url=f"http://{server}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
 
     def chat(number):
         client.chat.completions.create(
@@ -185,10 +164,10 @@ def test_what_is_recorded_is_what_happened(prometheus):
     assert 0 < compressed < dense
 
 
-def test_no_alert_fires_and_grafanas_list_of_servers_is_not_empty(prometheus, server):
+def test_no_alert_fires_and_grafanas_list_of_servers_is_not_empty(prometheus, address):
     alerts = httpx.get(f"{prometheus}/api/v1/alerts", timeout=30).json()["data"]["alerts"]
     assert [alert["labels"]["alertname"] for alert in alerts] == []
     labels = httpx.get(
         f"{prometheus}/api/v1/label/instance/values", params={"match[]": "pifa_ready"}, timeout=30
     )
-    assert labels.json()["data"] == [server]
+    assert labels.json()["data"] == [address]

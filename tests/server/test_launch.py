@@ -3,36 +3,22 @@
 import argparse
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
-
-from tests.pifa_tiny import save_pifa_twin
-from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
 
 from pifa_vllm_server import launch
 from pifa_vllm_server.launch import check_shared_memory, server_url, set_cpu_defaults
 
+from pifa_vllm.cli import main
 from pifa_vllm.errors import PifaError
 
 START_SECONDS = 240
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    root = tmp_path_factory.mktemp("served")
-    # vLLM's CPU attention takes head sizes from 32 on.
-    save_tiny_model(root / "dense", hidden=128, intermediate=176)
-    save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
-    return root / "pifa"
 
 
 def start(directory, log, *flags):
@@ -44,57 +30,32 @@ def start(directory, log, *flags):
     )
 
 
-def wait_for(log, text, process):
-    deadline = time.monotonic() + START_SECONDS
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.25)
-
-
 @pytest.mark.vllm
-def test_serves_chats_and_stops_cleanly(checkpoint, tmp_path, capsys):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path / "server.log"
-    flags = ("--port", str(port), "--enforce-eager", "--max-model-len", "128", "--served-model-name", "tiny")
-    process = start(checkpoint, log, *flags)
-    try:
-        wait_for(log, "pifa-vllm: tiny is served at", process)
-        url = f"http://127.0.0.1:{port}"
-        banner = log.read_text()
-        assert f"{url}/v1/chat/completions" in banner
-        assert f"pifa-vllm chat --url {url}" in banner
+def test_says_how_to_try_it_and_chats(server, capsys):
+    said, deadline = f"pifa-vllm: tiny is served at {server.url}", time.monotonic() + 30
+    while said not in (banner := server.log.read_text()):
+        assert time.monotonic() < deadline, banner[-3000:]
+        time.sleep(0.1)
+    assert f"{server.url}/v1/chat/completions" in banner
+    assert f"pifa-vllm chat --url {server.url}" in banner
 
-        from openai import OpenAI
+    from openai import OpenAI
 
-        client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        request = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
-        answers = {
-            client.chat.completions.create(**request, temperature=0.0, extra_body={"ignore_eos": True})
-            .choices[0]
-            .message.content
-            for _ in range(2)
-        }
-        assert len(answers) == 1
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+    answers = {
+        client.chat.completions.create(**request, temperature=0.0, extra_body={"ignore_eos": True})
+        .choices[0]
+        .message.content
+        for _ in range(2)
+    }
+    assert len(answers) == 1
 
-        from pifa_vllm.cli import main
-
-        lines = iter(["hello", ""])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("builtins.input", lambda _: next(lines))
-            assert main(["chat", "--url", url, "--max-tokens", "4"]) == 0
-        assert f"tiny at {url}" in capsys.readouterr().err
-
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert family  # vLLM's engine runs in processes of its own
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive
-    finally:
-        process.kill()
+    lines = iter(["hello", ""])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda _: next(lines))
+        assert main(["chat", "--url", server.url, "--max-tokens", "4"]) == 0
+    assert f"tiny at {server.url}" in capsys.readouterr().err
 
 
 @pytest.mark.vllm
@@ -113,13 +74,17 @@ def test_values_that_only_the_engine_sees_end_with_one_paragraph(checkpoint, tmp
     assert "expected finite values, found 1 NaN" in last
 
 
-@pytest.mark.vllm
-def test_wrong_flags_are_refused_before_the_engine_starts(checkpoint, tmp_path):
-    log = tmp_path / "server.log"
-    assert start(checkpoint, log, "--tensor-parallel-size", "3").wait(START_SECONDS) == 1
-    assert "cannot be shared out to 3 ranks" in log.read_text().rstrip().splitlines()[-1]
-    assert start(checkpoint, log, "--no-such-flag").wait(START_SECONDS) == 2
-    assert "unrecognized arguments: --no-such-flag" in log.read_text()
+def test_wrong_flags_are_refused_before_the_engine_starts(checkpoint, capsys, monkeypatch):
+    # What it would set for its own process.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    monkeypatch.setattr(launch, "serve", lambda *_: pytest.fail("the engine starts"))
+    assert main(["serve", str(checkpoint), "--tensor-parallel-size", "3"]) == 1
+    assert "cannot be shared out to 3 ranks" in capsys.readouterr().err.rstrip().splitlines()[-1]
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(checkpoint), "--no-such-flag"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
 
 
 def test_url_is_one_that_this_machine_reaches():
