@@ -2,7 +2,8 @@
 
 Usage: python -m tests.plugin.speculating JOBS.json RESULTS.json
 
-A job is {"model", "speculative_config", "options", "prompts"}.
+A job is {"model", "speculative_config", "options", "prompts"}. Without a draft it says what the others
+are compared with.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def run(job: dict[str, Any], engines: list[LLM]) -> dict[str, Any]:
         return SamplingParams(**{"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **settings})
 
     found: dict[str, Any] = {"greedy": tokens(llm, prompts, sampled())}
+    if job["speculative_config"] is None:
+        return {**found, "gaps": gaps(llm, prompts)}
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     found["drafts"] = counters.get("vllm:spec_decode_num_drafts")
     found["drafted"] = counters.get("vllm:spec_decode_num_draft_tokens")
@@ -74,7 +77,6 @@ def run(job: dict[str, Any], engines: list[LLM]) -> dict[str, Any]:
     found["mixed"] = tokens(llm, prompts, [hot if i % 2 else sampled() for i in range(len(prompts))])[::2]
     found["methods"] = llm.apply_model(methods)[0]
     found["draft_methods"] = llm.collective_rpc(draft_methods)[0]
-    found["gaps"] = gaps(llm, prompts)
     return found
 
 
