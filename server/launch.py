@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 from pifa_vllm_server import startup
+from pifa_vllm_server.memory import memory_limit
 from pifa_vllm_server.settings import ServerSettings
 
 from pifa_vllm.errors import PifaError
@@ -31,8 +32,9 @@ _POLL_SECONDS = 0.5
 # Of the memory that is free when the server starts, on a CPU.
 _KV_CACHE_SHARE = 0.25
 _SHARED_MEMORY = Path("/dev/shm")
-# What vLLM 0.32 asks for: ten messages of VLLM_MQ_MAX_CHUNK_BYTES_MB to the ranks, ten of 24 MiB from each of them.
-_QUEUE_MIB, _RANK_QUEUE_MIB = 160, 240
+# What vLLM 0.32 asks for: ten messages to the ranks, of 16 MiB unless VLLM_MQ_MAX_CHUNK_BYTES_MB says otherwise,
+# and ten of 24 MiB from each of them.
+_MESSAGES, _MESSAGE_MIB, _RANK_MESSAGE_MIB = 10, 16, 24
 _MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 
 
@@ -57,7 +59,7 @@ def set_cpu_defaults(flags: list[str]) -> dict[str, str]:
     if len(cores) <= _FEW_CORES:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     if not any(flag.replace("_", "-").startswith(_MEMORY_FLAGS) for flag in flags):
-        available = psutil.virtual_memory().available
+        available = min(psutil.virtual_memory().available, memory_limit())
         defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(available * _KV_CACHE_SHARE) >> 30))
     chosen = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(chosen)
@@ -168,8 +170,11 @@ def check_shared_memory(ranks: int = 1) -> None:
     # One GPU needs no such queue, and several say so by themselves.
     if not current_platform.is_cpu() or not _SHARED_MEMORY.is_dir():
         return
+    import vllm.envs
+
+    message = getattr(vllm.envs, "VLLM_MQ_MAX_CHUNK_BYTES_MB", _MESSAGE_MIB)
     free = shutil.disk_usage(_SHARED_MEMORY).free >> 20
-    if free < (needed := _QUEUE_MIB + ranks * _RANK_QUEUE_MIB):
+    if free < (needed := _MESSAGES * (message + ranks * _RANK_MESSAGE_MIB)):
         raise PifaError(
             f"{_SHARED_MEMORY}: expected {needed} MiB free for the queues between vLLM's processes, found {free}. "
             "Start a container with --shm-size 1g; a Kubernetes pod mounts an emptyDir with medium Memory there."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -61,3 +62,16 @@ def resident_by_role(worker_pids: set[int]) -> dict[str, int]:
 def server_pid() -> int:
     """The process that was started as the server: this one, or the parent of several API server processes."""
     return os.getpid() if multiprocessing.parent_process() is None else os.getppid()
+
+
+def memory_limit() -> int:
+    """The machine's memory in bytes, or the container's limit where that is less."""
+    limit: int = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limit = min(limit, int(text))
+    return limit

@@ -110,7 +110,8 @@ async def measure(
         per round; the same index was measured at about the same time.
     """
     found: dict[str, dict[str, list[float]]] = {name: {key: [] for key in _MEASURED} for name in urls}
-    limits = httpx.Limits(max_connections=None)
+    # A connection for each request: servers close idle ones after some seconds, as a request may be on its way.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         for url in urls.values():  # warm
             await throughput(client, url, at_once, tokens, -1)

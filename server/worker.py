@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from pifa_vllm_server.memory import memory_limit
 from torch import Tensor
 
 
@@ -68,19 +68,6 @@ def linear_backend(device: torch.device) -> str:
 
         return "cpu-native" if load() else "torch"
     return "triton" if device.type == "cuda" else "torch"
-
-
-def memory_limit() -> int:
-    """The machine's memory in bytes, or the container's limit where that is less."""
-    limit: int = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limit = min(limit, int(text))
-    return limit
 
 
 def _storages(tensors: Iterator[Tensor]) -> Iterator[torch.UntypedStorage]:

@@ -27,6 +27,8 @@ COMMANDS = {
     "bench": "measure, and write the results as JSON",
     "demo": "compress a small model, compare, serve it and talk to it",
 }
+# Which `make setup` leaves out, and only `bench` needs.
+_BENCH_PACKAGES = ("matplotlib", "triton")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except PifaError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in _BENCH_PACKAGES:
+            raise
+        print(f"error: this needs {error.name} (pip install 'pifa-vllm[bench]').", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import signal
 import sys
@@ -43,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--density", default="0.5", help="(default: %(default)s)")
     add("--dtype", default="float32,bfloat16", help="(default: %(default)s)")
     add("--output", type=Path, required=True, metavar="JSON", help="results")
-    add("--plot", type=Path, metavar="SVG", help="draw the speed-ups")
+    add("--plot", type=_plot, metavar="SVG", help="draw the speed-ups")
     layer.set_defaults(run=run_layer)
     _add_e2e(kinds)
     add_speculative(kinds)
@@ -103,7 +104,7 @@ def _add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     add("--dense", type=Path, metavar="DIR", help="a real dense model, in place of a random one")
     add("--pifa", type=Path, metavar="DIR", help="its PIFA checkpoint")
     add("--kv-cache-gib", type=float, default=1.0, help="for each server (default: %(default)s)")
-    add("--plot", type=Path, metavar="SVG", help="draw the ratios")
+    add("--plot", type=_plot, metavar="SVG", help="draw the ratios")
     e2e.set_defaults(run=run_e2e, accepts_extra=True)
 
 
@@ -269,6 +270,13 @@ def run_cubins(args: argparse.Namespace) -> int:
 
     cubins(args.output, say=lambda line: print(line, flush=True))
     return 0
+
+
+def _plot(text: str) -> Path:
+    # Now, not after an hour of measuring.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib (pip install 'pifa-vllm[bench]')")
+    return Path(text)
 
 
 def _densities(option: str, text: str) -> list[float]:

@@ -1,5 +1,6 @@
 """What can be known about the images without building them; `make image-test` builds one."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -93,3 +94,16 @@ def test_the_cpu_image_has_no_test_tools():
     tools = {"pytest", "mypy", "ruff", "hypothesis", "triton"}
     assert tools <= names
     assert tools <= LEFT_OUT
+
+
+def test_the_readmes_image_test_is_the_committed_one():
+    """Every figure of the table is in the result, and the run went to its end."""
+    seen = json.loads((ROOT / "deploy/results/image-test.json").read_text())["seen"]
+    seconds = [f"{step['seconds']:.0f} s" for step in seen if "seconds" in step]
+    readme = (ROOT / "deploy/README.md").read_text()
+    table = readme.partition("| step | seen |")[2].partition("\n\n")[0]
+    assert seen[-1]["seen"] == "image test passed"
+    # Stopping two seconds after the start takes none to speak of.
+    assert re.findall(r"\b\d+ s\b", table) == [s for s in seconds if s != "0 s"]
+    assert re.search(r"[\d.]+ GB", table)[0] in " ".join(step["seen"] for step in seen)
+    assert {"user 10001", "exit code 0"} <= set(re.findall(r"user 10001|exit code 0", table))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -79,7 +80,7 @@ def test_wrong_flags_are_refused_before_the_engine_starts(checkpoint, capsys, mo
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
     monkeypatch.setattr(launch, "serve", lambda *_: pytest.fail("the engine starts"))
-    assert main(["serve", str(checkpoint), "--tensor-parallel-size", "3"]) == 1
+    assert main(["serve", str(checkpoint), "--port", "0", "--tensor-parallel-size", "3"]) == 1
     assert "cannot be shared out to 3 ranks" in capsys.readouterr().err.rstrip().splitlines()[-1]
     with pytest.raises(SystemExit) as ended:
         main(["serve", str(checkpoint), "--no-such-flag"])
@@ -123,3 +124,31 @@ def test_cpu_defaults_yield_to_the_user(monkeypatch):
     assert int(chosen.pop("VLLM_CPU_KVCACHE_SPACE")) >= 1
     assert chosen == {}
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+
+
+def test_the_default_cache_is_of_the_containers_memory_not_the_machines(monkeypatch):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("defaults for CPUs only")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    machine = psutil.virtual_memory()._replace(available=400 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    for limit, cache in ((32 << 30, "8"), (2 << 30, "1"), (800 << 30, "100")):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+        monkeypatch.setattr(launch, "memory_limit", lambda limit=limit: limit)
+        assert set_cpu_defaults([])["VLLM_CPU_KVCACHE_SPACE"] == cache
+
+
+def test_queues_follow_vllms_own_setting(monkeypatch):
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("one GPU needs no queues")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: usage._replace(free=250 << 20))
+    with pytest.raises(PifaError, match="expected 400 MiB"):
+        check_shared_memory()
+    monkeypatch.setenv("VLLM_MQ_MAX_CHUNK_BYTES_MB", "1")
+    check_shared_memory()
