@@ -71,6 +71,16 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     assert "usage: pifa-vllm bench" in capsys.readouterr().err
 
 
+def test_a_plot_that_cannot_be_drawn_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "layer", "--output", "out.json", "--plot", "out.svg"])
+    assert caught.value.code == 2
+    assert "--plot: needs matplotlib" in capsys.readouterr().err
+
+
 def test_the_table_of_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "table", str(tmp_path / "nowhere.json")]) == 1
     assert "nowhere.json: no such file" in capsys.readouterr().err

@@ -115,6 +115,17 @@ def test_errors_for_the_user_are_one_paragraph(install: Install, capsys: pytest.
     assert (out, err) == ("", "error: file: tensor: expected 1, found 2.\n")
 
 
+def test_packages_that_only_benchmarks_need(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(args: argparse.Namespace) -> int:
+        raise ModuleNotFoundError(f"No module named {args.where!r}", name=args.where)
+
+    install(fail)
+    assert cli.main(["probe", "triton"]) == 1
+    assert capsys.readouterr().err == "error: this needs triton (pip install 'pifa-vllm[bench]').\n"
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["probe", "torch"])
+
+
 def test_ctrl_c_is_130(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
