@@ -60,6 +60,23 @@ def wait_until(condition):
         time.sleep(0.1)
 
 
+def lengths_of_an_answer(page):
+    """Ask, and return how long the messages were, together, after each change of theirs."""
+    page.fill("#max-tokens", "200")
+    page.fill("#question", "Hello")
+    page.evaluate(
+        """() => {
+            window.lengths = [];
+            new MutationObserver(() => lengths.push(
+                document.querySelector('#messages').textContent.length
+            )).observe(document.querySelector('#messages'), {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    page.click("#send")
+    wait_until(lambda: page.evaluate("window.lengths.length") and page.inner_text("#send") == "Send")
+    return page.evaluate("window.lengths")
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 380)])
 def test_dashboard_in_a_browser(server, browser, scheme, width):
@@ -92,21 +109,16 @@ def test_dashboard_in_a_browser(server, browser, scheme, width):
     wait_until(lambda: text("#ttft").inner_text().endswith("s"))
 
     # The chat streams: the answer grows.
-    page.fill("#max-tokens", "200")
-    page.fill("#question", "Hello")
-    page.evaluate(
-        """() => {
-            window.lengths = [];
-            new MutationObserver(() => lengths.push(
-                document.querySelector('#messages').textContent.length
-            )).observe(document.querySelector('#messages'), {subtree: true, childList: true, characterData: true});
-        }"""
-    )
-    page.click("#send")
-    wait_until(lambda: text("#send").inner_text() == "Send" and page.evaluate("window.lengths.length") > 5)
+    for _ in range(5):
+        lengths = lengths_of_an_answer(page)
+        if len(lengths) > 5:
+            break
+        # A model of random weights may also end its answer with the first token.
+        page.reload()
+        wait_until(lambda: text("#status").inner_text() == "ready")
     assert text(".message.user").inner_text() == "Hello"
     assert text(".message.error").count() == 0
-    lengths = page.evaluate("window.lengths")
+    assert len(lengths) > 5
     assert lengths == sorted(lengths)
     assert lengths[-1] > lengths[0]
 
