@@ -79,9 +79,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`pifa-vllm serve` without a key, with a limit on requests that tests can reach."""
-    from tests.server.serving import Server
+    from tests.server.serving import serve
 
-    running = Server(
+    with serve(
         checkpoint,
         tmp_path_factory.mktemp("log") / "server.log",
         *("--max-model-len", "256", "--server.max-concurrent-requests", "48"),
@@ -90,10 +90,5 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         # A random model would fill its answer with spaces.
         *("--structured-outputs-config.backend", "xgrammar"),
         *("--structured-outputs-config.disable_any_whitespace", "true"),
-    )
-    try:
-        running.wait()
+    ) as running:
         yield running
-        assert running.stop() == 0
-    finally:
-        running.process.kill()

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+
+from pifa_vllm.served import free_port
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -31,12 +32,6 @@ pytestmark = [
 DEPLOY = Path(__file__).parents[2] / "deploy"
 START_SECONDS = 900
 REQUESTS = 24
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -24,16 +24,7 @@ def models(tmp_path_factory):
 
 
 def test_two_engines_answer_as_one(models, tmp_path):
-    flags = (
-        "--data-parallel-size",
-        "2",
-        "--api-server-count",
-        "1",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "256",
-    )
+    flags = ("--data-parallel-size", "2", "--dtype", "float32", "--max-model-len", "256")
     server = Server(models / "pifa", tmp_path / "server.log", *flags, VLLM_CPU_OMP_THREADS_BIND="nobind")
     try:
         server.wait()

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.plugin.reference import answers_of, make_prompts
 from tests.plugin.test_lora import ALL, save_adapter
-from tests.server.serving import Server
+from tests.server.serving import serve
 from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
@@ -20,19 +20,14 @@ TOKENS = 8
 
 @pytest.fixture(scope="module")
 def server(llamas, tmp_path_factory):
-    running = Server(
+    with serve(
         llamas / "first-pifa",
         tmp_path_factory.mktemp("log") / "server.log",
         *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8", "--server.admin-routes"),
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
         VLLM_SERVER_DEV_MODE="1",
-    )
-    try:
-        running.wait()
+    ) as running:
         yield running
-        assert running.stop() == 0
-    finally:
-        running.process.kill()
 
 
 def post(server, path, **body):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+
+from pifa_vllm.served import free_port
 
 START_SECONDS = 1500
 
@@ -29,9 +32,7 @@ class Server:
     """
 
     def __init__(self, directory: Path, log: Path, *flags: str, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory), "--host", "127.0.0.1"]
@@ -55,15 +56,16 @@ class Server:
                 pass
             time.sleep(0.3)
 
-    def stop(self) -> int:
-        """Ask it to stop, and return its exit code."""
+    def stop(self, seconds: float = 120, family_seconds: float = 30) -> int:
+        """Ask it to stop, see that it and its processes do in time, and return its exit code."""
         family = psutil.Process(self.process.pid).children(recursive=True)
+        assert family  # vLLM's engine runs in processes of its own
         self.process.send_signal(signal.SIGTERM)
         try:
-            code = self.process.wait(120)
+            code = self.process.wait(seconds)
         finally:
             self.process.kill()
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=family_seconds)
         assert not alive
         return code
 
@@ -77,6 +79,18 @@ class Server:
         response = httpx.get(f"{self.url}/metrics", headers=headers, timeout=60)
         assert response.status_code == 200
         return Metrics(response.text)
+
+
+@contextmanager
+def serve(directory: Path, log: Path, *flags: str, **environment: str) -> Iterator[Server]:
+    """A server for a fixture: ready, and stopped in order afterwards; arguments as for `Server`."""
+    running = Server(directory, log, *flags, **environment)
+    try:
+        running.wait()
+        yield running
+        assert running.stop(60, 20) == 0
+    finally:
+        running.process.kill()
 
 
 class Metrics:
