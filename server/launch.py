@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import socket
 import ssl
 import threading
@@ -17,53 +16,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 
-import psutil
 from pifa_vllm_server import startup
-from pifa_vllm_server.memory import memory_limit
 from pifa_vllm_server.settings import ServerSettings
 
 from pifa_vllm.errors import PifaError
 
-# Beyond this, vLLM's own binding of threads to NUMA nodes is right; below, it keeps back a core that matters.
-_FEW_CORES = 4
 _POLL_SECONDS = 0.5
-# Of the memory that is free when the server starts, on a CPU.
-_KV_CACHE_SHARE = 0.25
-_SHARED_MEMORY = Path("/dev/shm")
-# What vLLM 0.32 asks for: ten messages to the ranks, of 16 MiB unless VLLM_MQ_MAX_CHUNK_BYTES_MB says otherwise,
-# and ten of 24 MiB from each of them.
-_MESSAGES, _MESSAGE_MIB, _RANK_MESSAGE_MIB = 10, 16, 24
-_MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
-
-
-def set_cpu_defaults(flags: list[str]) -> dict[str, str]:
-    """On a CPU, set what vLLM's defaults make too small or too greedy, unless the user said otherwise.
-
-    vLLM keeps back a core, which on two cores is half of the machine, and claims 92 % of the memory, which fails
-    as soon as anything else runs there.
-
-    Args:
-        flags: the user's flags of `vllm serve`.
-
-    Returns:
-        The environment variables that were set.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return {}
-    defaults = {}
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) <= _FEW_CORES:
-        defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    if not any(flag.replace("_", "-").startswith(_MEMORY_FLAGS) for flag in flags):
-        available = min(psutil.virtual_memory().available, memory_limit())
-        defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(available * _KV_CACHE_SHARE) >> 30))
-    chosen = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(chosen)
-    return chosen
 
 
 def parse_arguments(model: str, flags: list[str]) -> argparse.Namespace:
@@ -154,31 +113,6 @@ def check_port_is_free(arguments: argparse.Namespace) -> None:
                 f"--port: expected a free one, found {arguments.port} not to be had "
                 f"({error.strerror}). Choose another."
             ) from error
-
-
-def check_shared_memory(ranks: int = 1) -> None:
-    """Find out before a minute of loading that vLLM's queues between its processes do not fit, as in a container.
-
-    Args:
-        ranks: processes with weights, of all replicas on this machine.
-
-    Raises:
-        PifaError: saying how to give a container more.
-    """
-    from vllm.platforms import current_platform
-
-    # One GPU needs no such queue, and several say so by themselves.
-    if not current_platform.is_cpu() or not _SHARED_MEMORY.is_dir():
-        return
-    import vllm.envs
-
-    message = getattr(vllm.envs, "VLLM_MQ_MAX_CHUNK_BYTES_MB", _MESSAGE_MIB)
-    free = shutil.disk_usage(_SHARED_MEMORY).free >> 20
-    if free < (needed := _MESSAGES * (message + ranks * _RANK_MESSAGE_MIB)):
-        raise PifaError(
-            f"{_SHARED_MEMORY}: expected {needed} MiB free for the queues between vLLM's processes, found {free}. "
-            "Start a container with --shm-size 1g; a Kubernetes pod mounts an emptyDir with medium Memory there."
-        )
 
 
 def _announce(url: str, on_ready: Callable[[str], None], done: threading.Event) -> None:

@@ -19,11 +19,11 @@ class Memory:
 
     Attributes:
         resident: by role: api, engine (with workers of their own process), worker, other.
-        ranks: by rank: total, weights, kv_cache, other.
+        ranks: by engine and rank: total, weights, kv_cache, other.
     """
 
     resident: dict[str, int]
-    ranks: dict[int, dict[str, int]]
+    ranks: dict[tuple[int, int], dict[str, int]]
 
 
 def measure(workers: list[dict[str, Any]]) -> Memory:
@@ -32,7 +32,7 @@ def measure(workers: list[dict[str, Any]]) -> Memory:
     Args:
         workers: from `PIFAWorkerExtension.pifa_memory` of every rank, or none.
     """
-    ranks = {worker["rank"]: {part: worker[part] for part in _PARTS} for worker in workers}
+    ranks = {(w["engine"], w["rank"]): {part: w[part] for part in _PARTS} for w in workers}
     return Memory(resident_by_role({worker["pid"] for worker in workers}), ranks)
 
 
@@ -64,14 +64,41 @@ def server_pid() -> int:
     return os.getpid() if multiprocessing.parent_process() is None else os.getppid()
 
 
-def memory_limit() -> int:
-    """The machine's memory in bytes, or the container's limit where that is less."""
-    limit: int = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+@dataclass(frozen=True)
+class Usage:
+    """Main memory in bytes, of the machine, or of the container where its limit is less."""
+
+    total: int
+    used: int
+
+
+# Limit, use, and the line in `statistics` that counts cached files, which are given back where memory is short.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def main_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> Usage:
+    """How much main memory there is, and how much of it is in use, by whichever process.
+
+    Args:
+        cgroup: where the kernel shows the container's limits, of version 2 or 1.
+    """
+    machine = psutil.virtual_memory()
+    for limit, current, statistics, cached in _CGROUPS:
         try:
-            text = Path(path).read_text().strip()
-        except OSError:
+            text = (cgroup / limit).read_text().strip()
+            if not text.isdigit() or int(text) >= machine.total:
+                continue
+            files = dict(line.split() for line in (cgroup / statistics).read_text().splitlines())
+            used = int((cgroup / current).read_text()) - int(files.get(cached, 0))
+        except (OSError, ValueError):
             continue
-        if text.isdigit():
-            limit = min(limit, int(text))
-    return limit
+        return Usage(int(text), max(0, used))
+    return Usage(machine.total, machine.total - machine.available)

@@ -58,7 +58,7 @@ class ServerMetrics:
             "pifa_density_ratio", "Kept / dense parameters of the compressible linear modules, 1 if dense."
         )
         self.modules = _gauge("pifa_modules", "Linear modules of the decoder layers.", ("kind", "form"))
-        self.kv_bytes = _gauge("pifa_kv_cache_bytes", "Bytes of the KV cache, over all ranks.")
+        self.kv_bytes = _gauge("pifa_kv_cache_bytes", "Bytes of the KV cache, over all engines and ranks.")
         self.kv_tokens = _gauge("pifa_kv_cache_tokens", "Tokens that fit into the KV cache.")
         self.kv_gained_bytes = _gauge(
             "pifa_kv_cache_gained_bytes",
@@ -75,10 +75,10 @@ class ServerMetrics:
         )
         self.device = _gauge(
             "pifa_device_memory_bytes",
-            "Memory by rank. part=total is the device's, or on a CPU the machine's (or the container's limit); "
-            "part=weights and part=kv_cache are the rank's tensors; part=other is what else is in use on the GPU, "
-            "or resident in the rank's process on a CPU.",
-            ("rank", "part"),
+            "Memory by engine and rank. part=total is the device's, or on a CPU the machine's (or the container's "
+            "limit); part=weights and part=kv_cache are the rank's tensors; part=other is what else is in use on "
+            "that device, by whatever process.",
+            ("engine", "rank", "part"),
         )
         self.load_seconds = _gauge(
             "pifa_load_seconds", "Seconds from the start of the server until the engine was up.", mode="max"
@@ -134,9 +134,9 @@ class ServerMetrics:
         """Set what changes."""
         for role, nbytes in memory.resident.items():
             self.resident.labels(role).set(nbytes)
-        for rank, parts in memory.ranks.items():
+        for (engine, rank), parts in memory.ranks.items():
             for part, nbytes in parts.items():
-                self.device.labels(str(rank), part).set(nbytes)
+                self.device.labels(str(engine), str(rank), part).set(nbytes)
 
 
 class TokenCounter(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy

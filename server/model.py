@@ -124,7 +124,8 @@ class ModelFacts:
     Attributes:
         name: as clients call it.
         weights: None where the model is not a directory of safetensors on this machine.
-        kv_cache_bytes: over all ranks.
+        engines: data-parallel replicas of the model.
+        kv_cache_bytes: over all engines and ranks.
         kv_cache_tokens: that fit into it.
         versions: of the packages that matter.
     """
@@ -135,14 +136,17 @@ class ModelFacts:
     dtype: str
     max_model_len: int
     weights: Weights | None
+    engines: int
     kv_cache_bytes: int
     kv_cache_tokens: int
     versions: dict[str, str]
 
     @property
     def kv_gained_bytes(self) -> int:
-        """Bytes that the compression leaves to the KV cache."""
-        return 0 if self.weights is None else self.weights.dense_bytes - self.weights.compressed_bytes
+        """Bytes that the compression leaves to the KV caches of all engines."""
+        if self.weights is None:
+            return 0
+        return self.engines * (self.weights.dense_bytes - self.weights.compressed_bytes)
 
     @property
     def kv_gained_tokens(self) -> int:
@@ -193,6 +197,7 @@ def gather(config: VllmConfig, workers: list[dict[str, Any]]) -> ModelFacts:
     except CheckpointError:
         weights = None  # GGUF, pickles, a name on a hub: served all the same
     names = model.served_model_name
+    engines = len({worker["engine"] for worker in workers}) or 1
     return ModelFacts(
         name=names if isinstance(names, str) else names[0],
         quantization=str(model.quantization or "none"),
@@ -200,8 +205,10 @@ def gather(config: VllmConfig, workers: list[dict[str, Any]]) -> ModelFacts:
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
         weights=weights,
+        engines=engines,
         kv_cache_bytes=sum(worker["kv_cache"] for worker in workers),
-        kv_cache_tokens=config.cache_config.kv_cache_size_tokens or 0,
+        # vLLM gives all engines as many.
+        kv_cache_tokens=(config.cache_config.kv_cache_size_tokens or 0) * engines,
         versions=versions(),
     )
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import httpx
 import psutil
-from pifa_vllm_server.launch import set_cpu_defaults
+from pifa_vllm_server.cpu import set_cpu_defaults
+from pifa_vllm_server.launch import parse_arguments
 from pifa_vllm_server.model import versions
 
 from pifa_vllm.bench.quality import describe_machine
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args, flags = parser.parse_known_args()  # the rest goes to both servers
 
-    set_cpu_defaults(flags)
+    set_cpu_defaults(parse_arguments(str(args.model), flags), flags)
     with tempfile.TemporaryDirectory() as folder:
         logs = {name: Path(folder) / f"{name}.log" for name in _SERVERS}
         with ExitStack() as stack:

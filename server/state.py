@@ -102,11 +102,16 @@ async def open_state(app: FastAPI) -> ServerState:
 
 
 async def ask_workers(engine: EngineClient) -> list[dict[str, Any]]:
-    """Ask every rank about its memory; no answer where the worker extension is not mixed in."""
+    """Ask every rank of every engine about its memory; no answer where the worker extension is not mixed in."""
     try:
         # No timeout: the answer of a call that was given up would be taken for that of the next one.
-        found: list[dict[str, Any]] = await engine.collective_rpc("pifa_memory")
+        core: Any = getattr(engine, "engine_core", None)
+        # From vLLM 0.32 on; `collective_rpc` asks the first engine only.
+        if hasattr(core, "call_utility_all_async"):
+            engines = await core.call_utility_all_async("collective_rpc", "pifa_memory", None, (), None)
+        else:
+            engines = [await engine.collective_rpc("pifa_memory")]
     except Exception as error:  # anything the workers raise; the server does not depend on it
         logger.warning("the workers do not tell their memory (%s: %s)", type(error).__name__, error)
         return []
-    return found
+    return [worker for workers in engines for worker in workers]

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import torch
-from pifa_vllm_server.memory import memory_limit
+from pifa_vllm_server.memory import main_memory
 from torch import Tensor
 
 
@@ -19,8 +18,9 @@ class PIFAWorkerExtension:
         """Describe this rank's memory.
 
         Returns:
-            rank, pid, backend (of the linear layers) and, in bytes: total (the device's memory, or what the
-            process may use of the machine's), weights, kv_cache, and other (in use beyond those two).
+            engine, rank, pid, backend (of the linear layers) and, in bytes: total (the device's memory; on a CPU
+            the machine's or the container's), weights, kv_cache, and other (in use beyond those two, by whatever
+            process, the other ranks on the same device included).
         """
         device: torch.device = self.device  # type: ignore[attr-defined]  # a worker's
         weights = {s.data_ptr(): s for s in _storages(self._pifa_weights())}
@@ -29,11 +29,13 @@ class PIFAWorkerExtension:
         cache_bytes = sum(s.nbytes() for s in cache.values())
         if device.type == "cpu":
             # vLLM fills the cache with zeros, so all of it is resident.
-            total, used = memory_limit(), psutil.Process().memory_info().rss
+            memory = main_memory()
+            total, used = memory.total, memory.used
         else:
             free, total = torch.accelerator.get_memory_info(device)
             used = total - free
         return {
+            "engine": self.parallel_config.data_parallel_index,  # type: ignore[attr-defined]  # a worker's
             "rank": self.rank,  # type: ignore[attr-defined]  # a worker's
             "pid": os.getpid(),
             "backend": linear_backend(device),

@@ -138,16 +138,21 @@ def memory() -> dashboard.Dashboard:
                 "Resident", "bytes", f"sum(pifa_process_resident_bytes{{{WHERE}}})", text="All processes."
             ),
             graph(
-                "Memory of the devices",
+                "Memory of a device",
                 "bytes",
-                [(f"sum by (part) (pifa_device_memory_bytes{{{parts}}})", "{{part}}")],
-                text="All ranks together. On a CPU, other is what else the engine's process holds.",
+                [(f"avg by (part) (pifa_device_memory_bytes{{{parts}}})", "{{part}}")],
+                text="Mean over all ranks. Other is what else is in use there, by whatever process.",
                 stacked=True,
             ),
             graph(
                 "Used share by device",
                 "percentunit",
-                [(f"pifa:device_memory_used:ratio{{{WHERE}}}", "{{instance}} rank {{rank}}")],
+                [
+                    (
+                        f"pifa:device_memory_used:ratio{{{WHERE}}}",
+                        "{{instance}} engine {{engine}} rank {{rank}}",
+                    )
+                ],
             ),
             graph(
                 "Resident memory by role",

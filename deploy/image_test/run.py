@@ -34,8 +34,8 @@ CONTAINER = "pifa-image-test"
 BUILD = ["podman", "build", "--isolation=chroot", "--network=host", "--format=docker", "--pull=never"]
 RUN = ["podman", "--runtime=runc", "run", "--network=host", "--ulimit=nofile=1024:1024"]
 RUN += ["--ulimit=nproc=1024:1024"]
-# As the documentation says.
-SHARED = "--shm-size=1g"
+# What a container has unless it is started with more.
+SHARED = "--shm-size=64m"
 START_SECONDS = 900
 
 # What was seen, in order; with seconds where they were taken.
@@ -112,8 +112,13 @@ def inspect_image() -> None:
     expect("--density" in output(*RUN, "--rm", IMAGE, "demo", "--help"), "`IMAGE demo` is the demo")
     empty = output(*RUN, SHARED, "--rm", IMAGE, check=False).splitlines()[-1]
     expect("mount one: -v" in empty, f"without a model: {empty[:150]}")
-    little = output(*RUN, "--rm", "--shm-size=64m", IMAGE, "demo", check=False).splitlines()[-1]
-    expect("--shm-size 1g" in little, f"with little shared memory: {little[:150]}")
+
+
+def too_many_ranks(model: Path) -> None:
+    """Two ranks talk through shared memory, of which a container has little."""
+    command = [*RUN, SHARED, "--rm", f"--volume={model}:/model:ro", IMAGE, "serve", "/model"]
+    said = output(*command, "--tensor-parallel-size=2", check=False).splitlines()[-1]
+    expect("--shm-size 1g" in said, f"two ranks with little shared memory: {said[:150]}")
 
 
 def start(model: Path, *arguments: str) -> None:
@@ -215,6 +220,7 @@ def main() -> None:
         root.chmod(0o755)  # the container's user reads it
         save_tiny_model(root / "dense", hidden=128, intermediate=176)
         save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+        too_many_ranks(root / "pifa")
         try:
             serve(root / "pifa", arguments.port)
             stop_while_starting(root / "pifa", arguments.port)

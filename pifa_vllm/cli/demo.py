@@ -69,12 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.text is not None and not args.text.is_file():
         raise PifaError(f"--text: expected a text file, found none at {args.text}.")
 
-    from pifa_vllm_server.launch import check_shared_memory
-
     from pifa_vllm.demo.steps import Demo
 
-    # Now, not after minutes of compression.
-    check_shared_memory()
     demo = Demo(
         work_dir=args.work_dir,
         density=args.density,

@@ -70,24 +70,16 @@ def run(args: argparse.Namespace) -> int:
     # Dense models, too: which of vLLM's Python entry points start its server depends on the version.
     check_vllm(vllm.__version__)
 
-    from pifa_vllm_server.launch import (
-        add_server,
-        check_port_is_free,
-        check_shared_memory,
-        parse_arguments,
-        serve,
-        set_cpu_defaults,
-    )
+    from pifa_vllm_server.cpu import check_shared_memory, set_cpu_defaults
+    from pifa_vllm_server.launch import add_server, check_port_is_free, parse_arguments, serve
 
-    for name, value in set_cpu_defaults(args.extra).items():
-        print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
     flags = args.extra + dtype_default(model, args.extra) + drafting
     arguments = parse_arguments(model, flags)
+    for name, value in set_cpu_defaults(arguments, flags).items():
+        print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
     add_server(arguments, args.settings(args))
     check_port_is_free(arguments)
-    check_shared_memory(
-        arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.data_parallel_size
-    )
+    check_shared_memory(arguments)
     names = arguments.served_model_name or [model]
     for name in compressed:
         check_tensor_parallel_size(Path(name), arguments.tensor_parallel_size)

@@ -85,12 +85,19 @@ function showWeights(info) {
 }
 
 function showMemory(metrics) {
-  const part = (name) => total(metrics, "pifa_device_memory_bytes", {part: name});
-  const ranks = new Set((metrics.pifa_device_memory_bytes || []).map((sample) => sample.labels.rank)).size;
-  if (!ranks) return;
-  const used = ["weights", "kv_cache", "other"].map((name) => [name, part(name)]);
-  const all = Math.max(part("total"), used.reduce((sum, [, value]) => sum + value, 0));
-  const parts = [...used, ["free", all - used.reduce((sum, [, value]) => sum + value, 0)]];
+  const samples = metrics.pifa_device_memory_bytes || [];
+  const ranks = samples.filter(({labels}) => labels.part === "total").map(({labels: {engine, rank}}) => {
+    const part = (name) => total(metrics, "pifa_device_memory_bytes", {engine, rank, part: name});
+    const used = ["weights", "kv_cache", "other"].map((name) => [name, part(name)]);
+    const sum = used.reduce((bytes, [, value]) => bytes + value, 0);
+    return {engine, rank, used, sum, all: Math.max(part("total"), sum)};
+  });
+  if (!ranks.length) return;
+  const {engine, rank, used, sum, all} = ranks.reduce((fullest, one) =>
+    one.sum / one.all > fullest.sum / fullest.all ? one : fullest);
+  const where = ranks.length > 1 ? `, engine ${engine} rank ${rank}, the fullest of ${ranks.length}` : "";
+  show("memory-where", where);
+  const parts = [...used, ["free", all - sum]];
   const colored = (name, value) => {
     const box = document.createElement("i");
     box.className = `part-${name}`;

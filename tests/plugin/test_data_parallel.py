@@ -7,6 +7,7 @@ from openai import OpenAI
 
 pytest.importorskip("vllm")
 
+from pifa_vllm.checkpoint import read_json
 from tests.pifa_tiny import save_pifa_twin
 from tests.plugin.test_engines import PROMPTS, TOKENS, ranks, transformers_says
 from tests.server.serving import Server
@@ -25,7 +26,7 @@ def models(tmp_path_factory):
 
 def test_two_engines_answer_as_one(models, tmp_path):
     flags = ("--data-parallel-size", "2", "--dtype", "float32", "--max-model-len", "256")
-    server = Server(models / "pifa", tmp_path / "server.log", *flags, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    server = Server(models / "pifa", tmp_path / "server.log", *flags)
     try:
         server.wait()
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
@@ -47,5 +48,14 @@ def test_two_engines_answer_as_one(models, tmp_path):
         }
         assert all(count > 0 for count in by_engine.values())
         assert sum(by_engine.values()) >= len(PROMPTS)
+        caches = {
+            engine: served.total("pifa_device_memory_bytes", engine=engine, part="kv_cache")
+            for engine in by_engine
+        }
+        assert caches["0"] == caches["1"] > 0
+        assert served.total("pifa_kv_cache_bytes") == sum(caches.values())
+        config = read_json(models / "pifa" / "config.json")
+        heads, size, layers = (config[k] for k in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
+        assert sum(caches.values()) == served.total("pifa_kv_cache_tokens") * 2 * heads * size * 4 * layers
     finally:
         assert server.stop() == 0

@@ -37,7 +37,7 @@ class Server:
         self.log = log
         command = [sys.executable, "-m", "pifa_vllm", "serve", str(directory), "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--enforce-eager", "--served-model-name", "tiny", *flags]
-        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", **environment}
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **environment}
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables}

@@ -7,17 +7,15 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
 from pifa_vllm_server import launch
-from pifa_vllm_server.launch import check_shared_memory, server_url, set_cpu_defaults
+from pifa_vllm_server.launch import server_url
 
 from pifa_vllm.cli import main
-from pifa_vllm.errors import PifaError
 
 START_SECONDS = 240
 
@@ -96,59 +94,3 @@ def test_url_is_one_that_this_machine_reaches():
     assert url(host="10.0.0.3", port=9, root_path="/x/") == "http://10.0.0.3:9/x"
     assert url(host="::1") == "http://[::1]:8000"
     assert url(ssl_certfile="cert.pem") == "https://localhost:8000"
-
-
-def test_a_containers_little_shared_memory_is_found_before_loading(monkeypatch):
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("one GPU needs no queues")
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: usage._replace(free=410 << 20))
-    check_shared_memory(1)
-    with pytest.raises(PifaError, match=r"/dev/shm: expected 640 MiB free .* found 410\. .*--shm-size 1g"):
-        check_shared_memory(2)
-
-
-def test_cpu_defaults_yield_to_the_user(monkeypatch):
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("defaults for CPUs only")
-    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    assert "VLLM_CPU_KVCACHE_SPACE" not in set_cpu_defaults(["--kv_cache_memory_bytes", "1G"])
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
-    chosen = set_cpu_defaults([])
-    assert int(chosen.pop("VLLM_CPU_KVCACHE_SPACE")) >= 1
-    assert chosen == {}
-    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0"
-
-
-def test_the_default_cache_is_of_the_containers_memory_not_the_machines(monkeypatch):
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("defaults for CPUs only")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
-    machine = psutil.virtual_memory()._replace(available=400 << 30)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    for limit, cache in ((32 << 30, "8"), (2 << 30, "1"), (800 << 30, "100")):
-        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
-        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
-        monkeypatch.setattr(launch, "memory_limit", lambda limit=limit: limit)
-        assert set_cpu_defaults([])["VLLM_CPU_KVCACHE_SPACE"] == cache
-
-
-def test_queues_follow_vllms_own_setting(monkeypatch):
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        pytest.skip("one GPU needs no queues")
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: usage._replace(free=250 << 20))
-    with pytest.raises(PifaError, match="expected 400 MiB"):
-        check_shared_memory()
-    monkeypatch.setenv("VLLM_MQ_MAX_CHUNK_BYTES_MB", "1")
-    check_shared_memory()

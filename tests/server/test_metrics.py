@@ -96,11 +96,14 @@ def test_memory_is_that_of_the_processes(server):
     measured = server.resident()
     assert metrics.total("pifa_process_resident_bytes") == pytest.approx(measured, rel=0.1)
     assert metrics.total("pifa_process_resident_bytes", role="api") > 100e6
-    assert metrics.total("pifa_process_resident_bytes", role="worker") > 100e6
-    assert metrics.total("pifa_device_memory_bytes", part="total") <= psutil.virtual_memory().total
-    parts = [metrics.total("pifa_device_memory_bytes", part=p) for p in ("weights", "other")]
-    assert sum(parts) <= metrics.total("pifa_process_resident_bytes")
-    assert metrics.total("pifa_device_memory_bytes", part="kv_cache") <= 1 << 30
+    # With few cores the engine's process is the worker.
+    computing = sum(metrics.total("pifa_process_resident_bytes", role=r) for r in ("engine", "worker"))
+    assert computing > 100e6
+    total = metrics.total("pifa_device_memory_bytes", part="total")
+    assert total <= psutil.virtual_memory().total
+    parts = [metrics.total("pifa_device_memory_bytes", part=p) for p in ("weights", "kv_cache", "other")]
+    assert computing / 2 < sum(parts) <= total
+    assert parts[1] <= 1 << 30
 
 
 def test_tokens_are_those_that_were_asked_for(server):

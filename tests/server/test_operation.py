@@ -1,4 +1,4 @@
-"""Two API server processes with a key, short timeouts and JSON logs: what an operator relies on."""
+"""Two API server processes, two ranks, a key, short timeouts and JSON logs: what an operator relies on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pifa_vllm.checkpoint import Shards, read_json
 from tests.server.serving import Server, assert_openai_error, chat
 
 pytestmark = pytest.mark.vllm
 
 KEY = {"Authorization": "Bearer secret-of-the-test"}
+PARTS = ("total", "weights", "kv_cache", "other")
 PROMPT = "a prompt that is nobody's business"
 
 
@@ -25,7 +27,7 @@ def pair(checkpoint, tmp_path_factory):
     running = Server(
         checkpoint,
         tmp_path_factory.mktemp("log") / "server.log",
-        *("--api-server-count", "2", "--max-model-len", "512"),
+        *("--api-server-count", "2", "--tensor-parallel-size", "2", "--max-model-len", "512"),
         *("--api-key", KEY["Authorization"].removeprefix("Bearer ")),
         *("--logging-config.formatter", "json"),
         *("--server.max-concurrent-requests", "64", "--server.request-timeout", "20"),
@@ -84,6 +86,27 @@ def test_metrics_are_those_of_all_processes(pair):
     assert metrics.total("pifa_device_memory_bytes", part="kv_cache") == metrics.total("pifa_kv_cache_bytes")
     assert metrics.total("pifa_process_resident_bytes") == pytest.approx(pair.resident(), rel=0.1)
     assert metrics.total("pifa_process_resident_bytes", role="other") < 100e6
+
+
+def test_metrics_are_those_of_all_ranks(pair, checkpoint):
+    metrics = pair.metrics(**KEY)
+    served = sum(entry.nbytes for entry in Shards(checkpoint).entries.values())
+    assert metrics.total("pifa_weight_bytes", form="compressed") == served
+    by_rank = [
+        {part: metrics.total("pifa_device_memory_bytes", engine="0", rank=r, part=part) for part in PARTS}
+        for r in ("0", "1")
+    ]
+    assert len(metrics.labels("pifa_device_memory_bytes")) == 2 * len(PARTS)
+    for rank in by_rank:
+        # Half of what is split; norms, and tables that no checkpoint has, are each rank's own.
+        assert 0.5 * served <= rank["weights"] < 0.7 * served
+        assert rank["weights"] + rank["kv_cache"] + rank["other"] <= rank["total"]
+    tokens = metrics.total("pifa_kv_cache_tokens")
+    config = read_json(checkpoint / "config.json")
+    heads, size, layers = (config[k] for k in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
+    # Of two heads each rank keeps one.
+    assert metrics.total("pifa_kv_cache_bytes") == tokens * 2 * heads * size * 4 * layers
+    assert metrics.total("pifa_process_resident_bytes", role="worker") > 200e6
 
 
 def test_logs_are_json_with_ids_and_without_prompts(pair):
