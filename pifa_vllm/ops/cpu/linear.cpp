@@ -63,7 +63,7 @@ void run(const Layer<W>& layer, const at::Tensor& x, at::Tensor& y) {
   else if (tokens <= kLanes) few(PanelRows<W, 1>{});
   else if (tokens <= 2 * kLanes) few(PanelRows<W, 2>{});
   else
-    prefill(layer, in, out, tokens, scratch(prefill_scratch(layer, tokens, threads)), threads);
+    prefill(layer, in, out, tokens, scratch, threads);
 }
 
 template <typename W>

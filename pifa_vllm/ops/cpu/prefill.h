@@ -1,6 +1,8 @@
 // Many tokens: bound by arithmetic. A blocked matrix product (Goto and van de Geijn, 2008) whose vectors run over
 // tokens: the activations are packed, which is little work, the weights are only copied block by block into
-// the cache, as floats, and the outputs of the pivot rows come out packed as the second product needs them.
+// the cache, as floats, and the outputs of the pivot rows come out packed as the second product needs them. All outputs
+// stay packed until they are complete: the rows of one output column after another are then whole vectors to fetch,
+// wherever they lie, and what is written is contiguous.
 #pragma once
 
 #include <omp.h>
@@ -9,6 +11,7 @@
 
 #include "layer.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace pifa {
 
@@ -17,21 +20,52 @@ constexpr int kTileRows = 6;          // weight rows of a register tile: 12 sums
 constexpr int kBlockRows = 8 * kTileRows;
 constexpr int kFewPanels = 4;
 constexpr int kBlockTokens = 16 * kPanel;
+constexpr int kUnpackColumns = 16 * kLanes;
 
-// Pack x [tokens, n] into panels [n, kPanel]; missing tokens become zero.
+// Pack features [begin, end) of x [tokens, n] into a panel [n, kPanel]; missing tokens become zero.
 template <typename X>
 void pack_panel(const X* x, int64_t n, int64_t tokens, int64_t begin, int64_t end, float* panel) {
-  for (int64_t t = 0; t < kPanel; ++t)
-    for (int64_t i = begin; i < end; ++i) panel[i * kPanel + t] = t < tokens ? to_float(x[t * n + i]) : 0.0f;
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    for (int64_t first = 0; first < kPanel; first += kLanes) {
+      vfloat rows[kLanes];
+      for (int64_t t = 0; t < kLanes; ++t)
+        rows[t] = first + t < tokens ? load_floats(x + (first + t) * n + i) : vfloat{};
+      transpose(rows);
+      for (int64_t f = 0; f < kLanes; ++f) store(panel + (i + f) * kPanel + first, rows[f]);
+    }
+  for (; i < end; ++i)
+    for (int64_t t = 0; t < kPanel; ++t) panel[i * kPanel + t] = t < tokens ? to_float(x[t * n + i]) : 0.0f;
 }
 
-// sums [tile, panel, kTileRows, kPanel] = w [rows, k] times the packed x, whose panels lie ldp floats apart.
+// Columns [begin, end) of y [tokens, outputs] from a panel, where column c lies in row slots[c].
+template <typename Y>
+void unpack_panel(const float* panel, const int64_t* slots, const Y* bias, int64_t tokens, int64_t begin, int64_t end,
+                  int64_t outputs, Y* y) {
+  int64_t c = begin;
+  for (; c + kLanes <= end; c += kLanes) {
+    const vfloat shift = bias ? load_floats(bias + c) : vfloat{};
+    for (int64_t first = 0; first < std::min<int64_t>(tokens, kPanel); first += kLanes) {
+      vfloat rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(panel + slots[c + i] * kPanel + first);
+      transpose(rows);
+      for (int64_t t = 0; t < std::min<int64_t>(tokens - first, kLanes); ++t)
+        store_floats(rows[t] + shift, y + (first + t) * outputs + c);
+    }
+  }
+  for (; c < end; ++c)
+    for (int64_t t = 0; t < std::min<int64_t>(tokens, kPanel); ++t)
+      from_float(panel[slots[c] * kPanel + t] + (bias ? to_float(bias[c]) : 0.0f), y + t * outputs + c);
+}
+
+// out [rows, kPanel] of each panel = w [rows, k] times its packed x. The panels of x lie ldx floats apart, those of
+// out ldo. Rows are written up to a multiple of kTileRows.
 template <typename W>
-void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldp, int64_t panels, float* block,
-                    float* sums) {
-  constexpr int64_t kTileSums = kTileRows * kPanel;
+void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldx, int64_t panels, float* block,
+                    float* out, int64_t ldo) {
+  constexpr int64_t kTile = kTileRows * kPanel;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  std::fill(sums, sums + tiles * panels * kTileSums, 0.0f);
+  for (int64_t p = 0; p < panels; ++p) std::fill_n(out + p * ldo, tiles * kTile, 0.0f);
   for (int64_t begin = 0; begin < k; begin += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, k - begin);
     const float* const block_x = x + begin * kPanel;
@@ -40,8 +74,8 @@ void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t
       if (panels <= kFewPanels && rows % kTileRows == 0) {
         for (int64_t tile = 0; tile < tiles; ++tile)
           for (int64_t p = 0; p < panels; ++p)
-            multiply_tile<kTileRows, 2>(w + tile * kTileRows * k + begin, k, block_x + p * ldp, depth,
-                                        sums + (tile * panels + p) * kTileSums);
+            multiply_tile<kTileRows, 2>(w + tile * kTileRows * k + begin, k, block_x + p * ldx, depth,
+                                        out + p * ldo + tile * kTile);
         continue;
       }
     }
@@ -49,28 +83,41 @@ void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t
     widen(w + begin, k, rows, depth, block);
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_tile<kTileRows, 2>(block + tile * kTileRows * kBlockDepth, kBlockDepth, block_x + p * ldp, depth,
-                                    sums + (tile * panels + p) * kTileSums);
+        multiply_tile<kTileRows, 2>(block + tile * kTileRows * kBlockDepth, kBlockDepth, block_x + p * ldx, depth,
+                                    out + p * ldo + tile * kTile);
   }
 }
 
-// Floats of scratch that `prefill` needs for one block of tokens.
+// Rows of a panel of outputs: the pivot rows, then the remaining rows of each shard, each group up to a multiple of
+// kTileRows.
 template <typename W>
-int64_t prefill_scratch(const Layer<W>& layer, int64_t tokens, int threads) {
-  const int64_t panels = (std::min<int64_t>(tokens, kBlockTokens) + kPanel - 1) / kPanel;
-  return panels * kPanel * (layer.n + layer.pivots + int64_t(kBlockRows) * threads) +
-         kBlockRows * kBlockDepth * threads;
-}
+struct Slots {
+  std::vector<int64_t> rest;     // first slot of each shard's remaining rows
+  std::vector<int64_t> columns;  // slot of each output column
+  int64_t count;
 
-// y [tokens, outputs] = layer(x [tokens, n]).
-template <typename W>
-void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, float* scratch, int threads) {
+  explicit Slots(const Layer<W>& layer) : columns(layer.outputs), count(round_up(layer.pivots)) {
+    if (layer.pivots_are_outputs)
+      for (int64_t i = 0; i < layer.pivots; ++i) columns[layer.column(i)] = i;
+    for (const auto& shard : layer.shards) {
+      for (int64_t i = 0; i < shard.rest; ++i) columns[layer.column(shard.rest_begin + i)] = count + i;
+      rest.push_back(count);
+      count += round_up(shard.rest);
+    }
+  }
+
+  static int64_t round_up(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+};
+
+// y [tokens, outputs] = layer(x [tokens, n]); scratch(floats) gives memory.
+template <typename W, typename Scratch>
+void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, const Scratch& scratch, int threads) {
+  const Slots<W> slots(layer);
+  const int64_t ldx = layer.n * kPanel, ldo = slots.count * kPanel;
   const int64_t max_panels = (std::min<int64_t>(tokens, kBlockTokens) + kPanel - 1) / kPanel;
-  float* const packed_x = scratch;                                         // [panel, n, kPanel]
-  float* const packed_y = packed_x + max_panels * kPanel * layer.n;        // [panel, pivots, kPanel]
-  float* const private_scratch = packed_y + max_panels * kPanel * layer.pivots;
-  const int64_t private_size = max_panels * kPanel * kBlockRows + kBlockRows * kBlockDepth;
-  const int64_t ldp_x = layer.n * kPanel, ldp_y = layer.pivots * kPanel;
+  float* const packed_x = scratch(max_panels * (ldx + ldo) + kBlockRows * kBlockDepth * threads);  // [panel, n, kPanel]
+  float* const packed_y = packed_x + max_panels * ldx;                                             // [panel, slot, kPanel]
+  float* const blocks = packed_y + max_panels * ldo;
 
   const Chunks pivots(layer.pivots, kTileRows, kBlockRows, threads);
   std::vector<Chunks> rests;
@@ -85,42 +132,24 @@ void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, float* scr
     const int64_t panels = (block_tokens + kPanel - 1) / kPanel;
     const W* const block_x = x + token * layer.n;
     W* const block_y = y + token * layer.outputs;
-    std::atomic<int64_t> next_pack{0}, next_pivots{0}, next_rest{0};
-
-    const auto write = [&](int64_t stacked, int64_t rows, const float* sums) {
-      for (int64_t t = 0; t < block_tokens; ++t) {
-        const float* const column_sums = sums + (t / kPanel) * kTileRows * kPanel + t % kPanel;
-        W* const out = block_y + t * layer.outputs;
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t column = layer.column(stacked + r);
-          const float bias = layer.bias ? to_float(layer.bias[column]) : 0.0f;
-          const int64_t tile = r / kTileRows;
-          from_float(column_sums[tile * panels * kTileRows * kPanel + r % kTileRows * kPanel] + bias, out + column);
-        }
-      }
-    };
+    std::atomic<int64_t> next_pack{0}, next_pivots{0}, next_rest{0}, next_unpack{0};
 
 #pragma omp parallel num_threads(threads)
     {
-      float* const block = private_scratch + omp_get_thread_num() * private_size;
-      float* const sums = block + kBlockRows * kBlockDepth;
+      float* const block = blocks + omp_get_thread_num() * kBlockRows * kBlockDepth;
 
-      const int64_t pieces = (layer.n + kBlockDepth - 1) / kBlockDepth;
-      for (int64_t piece; (piece = next_pack++) < panels * pieces;) {
-        const int64_t p = piece / pieces, begin = piece % pieces * kBlockDepth;
+      const int64_t packs = (layer.n + kBlockDepth - 1) / kBlockDepth;
+      for (int64_t piece; (piece = next_pack++) < panels * packs;) {
+        const int64_t p = piece / packs, begin = piece % packs * kBlockDepth;
         pack_panel(block_x + p * kPanel * layer.n, layer.n, block_tokens - p * kPanel, begin,
-                   std::min(begin + kBlockDepth, layer.n), packed_x + p * ldp_x);
+                   std::min(begin + kBlockDepth, layer.n), packed_x + p * ldx);
       }
 #pragma omp barrier
 
       for (int64_t chunk; (chunk = next_pivots++) < pivots.count();) {
         const int64_t begin = pivots.begin(chunk), rows = pivots.end(chunk) - begin;
-        multiply_block(layer.pivot_weight + begin * layer.n, rows, layer.n, packed_x, ldp_x, panels, block, sums);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t p = 0; p < panels; ++p)
-            std::copy_n(sums + ((r / kTileRows * panels + p) * kTileRows + r % kTileRows) * kPanel, kPanel,
-                        packed_y + p * ldp_y + (begin + r) * kPanel);
-        if (layer.pivots_are_outputs) write(begin, rows, sums);
+        multiply_block(layer.pivot_weight + begin * layer.n, rows, layer.n, packed_x, ldx, panels, block,
+                       packed_y + begin * kPanel, ldo);
       }
 #pragma omp barrier
 
@@ -128,9 +157,17 @@ void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, float* scr
         const size_t s = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
         const auto& shard = layer.shards[s];
         const int64_t begin = rests[s].begin(chunk - first[s]), rows = rests[s].end(chunk - first[s]) - begin;
-        multiply_block(shard.coefficients + begin * shard.rank, rows, shard.rank,
-                       packed_y + shard.pivot_begin * kPanel, ldp_y, panels, block, sums);
-        write(shard.rest_begin + begin, rows, sums);
+        multiply_block(shard.coefficients + begin * shard.rank, rows, shard.rank, packed_y + shard.pivot_begin * kPanel,
+                       ldo, panels, block, packed_y + (slots.rest[s] + begin) * kPanel, ldo);
+      }
+#pragma omp barrier
+
+      const int64_t unpacks = (layer.outputs + kUnpackColumns - 1) / kUnpackColumns;
+      for (int64_t piece; (piece = next_unpack++) < panels * unpacks;) {
+        const int64_t p = piece / unpacks, begin = piece % unpacks * kUnpackColumns;
+        unpack_panel(packed_y + p * ldo, slots.columns.data(), layer.bias, block_tokens - p * kPanel, begin,
+                     std::min(begin + kUnpackColumns, layer.outputs), layer.outputs,
+                     block_y + p * kPanel * layer.outputs);
       }
     }
   }

@@ -6,7 +6,9 @@
 
 namespace pifa {
 
-#if defined(__AVX512F__)
+#if defined(PIFA_LANES)  // tests
+constexpr int kLanes = PIFA_LANES;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;

@@ -1,4 +1,4 @@
-"""The path of processors with bfloat16 products of their own, compiled in on any processor."""
+"""What only other processors take, compiled in on any: vectors of 16 floats, and bfloat16 products by the library."""
 
 import os
 import subprocess
@@ -11,19 +11,20 @@ from pifa_vllm.ops import pifa_linear
 from pifa_vllm.ops.cpu import build
 from tests.ops.factors import ODD_SHAPES, Layer, check
 
-build._FLAGS = (*build._FLAGS, "-O1", "-DPIFA_NATIVE_BFLOAT16")
+build._FLAGS = (*build._FLAGS, "-O1", "-DPIFA_NATIVE_BFLOAT16", "-DPIFA_LANES=16")
 assert build.load()
 for ranks, out_features, n in ODD_SHAPES:
-    for tokens in (4, 40):
-        layer = Layer.random(ranks, out_features, n, torch.bfloat16, with_bias=tokens == 40)
-        x = torch.randn(tokens, n).bfloat16()
-        check(pifa_linear(x, *layer.arguments()), layer.expected(x), torch.bfloat16)
+    for tokens in (1, 4, 9, 20, 40, 70):
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = Layer.random(ranks, out_features, n, dtype, with_bias=tokens == 40)
+            x = torch.randn(tokens, n).to(dtype)
+            check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
 weight, x = torch.randn(9, 5).bfloat16(), torch.randn(40, 5).bfloat16()
 check(pifa_linear(x, weight, weight.new_empty(0), None, [9], [9]), x.double() @ weight.double().T, torch.bfloat16)
 """
 
 
-def test_many_tokens_go_to_the_library():
+def test_wide_vectors_and_the_library():
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
