@@ -6,10 +6,12 @@ import random
 import subprocess
 import sys
 
+import httpx
 import pytest
 import torch
 
 from tests.pifa_tiny import save_pifa_twin
+from tests.server.serving import serve
 from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
@@ -154,6 +156,33 @@ def test_other_drafts_are_accepted_in_part(name, served):
     # Each step of the target gives the tokens that it accepted and one of its own.
     spare = len(PROMPTS) * DRAFTED  # accepted beyond max_tokens
     assert steps <= result["accepted"] + result["drafts"] <= steps + spare
+
+
+def test_serve_drafts_over_two_ranks(models, served, tmp_path):
+    flags = (
+        "--draft-for",
+        str(models / "dense"),
+        "--draft-tokens",
+        str(DRAFTED),
+        "--tensor-parallel-size",
+        "2",
+    )
+    with serve(
+        models / "pifa", tmp_path / "log", *flags, "--dtype", "float32", "--max-model-len", "256"
+    ) as server:
+        for prompt, wanted, gaps in zip(
+            PROMPTS, *(served["dense"][what] for what in ("greedy", "gaps")), strict=True
+        ):
+            request = {"model": "tiny", "prompt": prompt, "max_tokens": len(wanted), "temperature": 0}
+            options = {"ignore_eos": True, "return_token_ids": True}
+            answer = httpx.post(
+                f"{server.url}/v1/completions", json={**request, **options}, timeout=300
+            ).json()
+            count = certain(gaps, 1e-3)
+            assert answer["choices"][0]["token_ids"][:count] == wanted[:count]
+        metrics = server.metrics()
+    drafted = metrics.total("vllm:spec_decode_num_draft_tokens_total")
+    assert 0 < metrics.total("vllm:spec_decode_num_accepted_tokens_total") < drafted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

@@ -1,4 +1,4 @@
-"""What only other processors take, compiled in on any: vectors of 16 floats, and bfloat16 products by the library."""
+"""What only other processors take, compiled in on any: vectors of 16 floats, and the library for bfloat16."""
 
 import os
 import subprocess
