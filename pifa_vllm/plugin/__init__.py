@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from pifa_vllm.imports import when_imported
 from pifa_vllm.plugin.versions import supported
 
 
@@ -25,6 +26,8 @@ def register() -> None:
             register_quantization_config,
         )
 
+        # Only engines of several ranks have it.
+        when_imported("vllm.v1.executor.multiproc_executor", _mend_executor)
         if "pifa" not in QUANTIZATION_METHODS:
             from pifa_vllm.plugin.config import PIFAQuantizationConfig
 
@@ -38,3 +41,12 @@ def register() -> None:
             supported(),
             found,
         )
+
+
+def _mend_executor() -> None:
+    from pifa_vllm.plugin.replies import take_all_replies
+
+    try:
+        take_all_replies()
+    except AttributeError as error:
+        logging.getLogger("vllm.pifa_vllm").warning("vLLM's executor is not as expected: %s", error)

@@ -1,4 +1,4 @@
-"""Adapters and weights that are changed over HTTP while a server of two ranks runs."""
+"""Adapters and weights that are changed over HTTP while the server runs."""
 
 import httpx
 import pytest
@@ -23,16 +23,7 @@ def server(llamas, tmp_path_factory):
     with serve(
         llamas / "first-pifa",
         tmp_path_factory.mktemp("log") / "server.log",
-        *(
-            "--max-model-len",
-            "256",
-            "--tensor-parallel-size",
-            "2",
-            "--enable-lora",
-            "--max-lora-rank",
-            "8",
-            "--server.admin-routes",
-        ),
+        *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8", "--server.admin-routes"),
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
         VLLM_SERVER_DEV_MODE="1",
     ) as running:
