@@ -59,7 +59,7 @@ def _threads(ranks: int, replicas: int) -> dict[str, str]:
     """What shares out the cores to so many ranks of so many replicas."""
     cores = sorted(os.sched_getaffinity(0))
     few = len(cores) <= _FEW_CORES
-    if ranks == 1 and (few or _missing_shared_memory(1)):
+    if ranks == 1 and (few or _missing_shared_memory(replicas)):
         usable = len(cores) if few else min(len(cores), psutil.cpu_count(logical=False) or len(cores))
         return {_OWN_PROCESS: "0", "OMP_NUM_THREADS": str(max(1, usable // replicas))}
     if not few:

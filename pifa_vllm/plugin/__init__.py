@@ -44,9 +44,10 @@ def register() -> None:
 
 
 def _mend_executor() -> None:
-    from pifa_vllm.plugin.replies import take_all_replies
-
     try:
+        from pifa_vllm.plugin.replies import take_all_replies
+
         take_all_replies()
-    except AttributeError as error:
-        logging.getLogger("vllm.pifa_vllm").warning("vLLM's executor is not as expected: %s", error)
+    except Exception as error:
+        # It runs while vLLM imports its executor, which must succeed for every model.
+        logging.getLogger("vllm.pifa_vllm").warning("vLLM's executor is not as expected: %r", error)

@@ -82,6 +82,14 @@ def test_with_many_cores_binding_is_vllms(monkeypatch):
     assert chosen(ranks()) == {MULTI: "0", "OMP_NUM_THREADS": "16"}
 
 
+def test_room_for_one_replicas_queues_is_not_enough_for_two(monkeypatch):
+    give(monkeypatch, cores=32, shared_mib=500)
+    monkeypatch.setattr(cpu.psutil, "cpu_count", lambda logical: 16)
+    assert chosen(ranks()) == {}
+    assert chosen(ranks(replicas=2)) == {MULTI: "0", "OMP_NUM_THREADS": "8"}
+    check_shared_memory(ranks(replicas=2))
+
+
 @pytest.mark.parametrize("variable", [BIND, MULTI])
 def test_the_user_has_the_last_word(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")

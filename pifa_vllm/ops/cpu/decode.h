@@ -3,6 +3,9 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "dot.h"
 #include "panel.h"
 
@@ -10,6 +13,21 @@ namespace pifa {
 
 // Of weights, per chunk: long enough a stream for the hardware's prefetchers.
 constexpr int64_t kChunkBytes = 64 * 1024;
+
+// Rows handed to threads by a counter: a core that another process delays gets fewer.
+class Chunks {
+ public:
+  // At most max_rows in a chunk, a multiple of `multiple`, and enough chunks to share them evenly.
+  Chunks(int64_t rows, int64_t multiple, int64_t max_rows, int threads) : rows_(rows) {
+    size_ = std::max<int64_t>(std::min(rows / (8 * threads), max_rows) / multiple, 1) * multiple;
+  }
+  int64_t count() const { return (rows_ + size_ - 1) / size_; }
+  int64_t begin(int64_t chunk) const { return chunk * size_; }
+  int64_t end(int64_t chunk) const { return std::min(rows_, (chunk + 1) * size_); }
+
+ private:
+  int64_t rows_, size_;
+};
 
 // Floats of scratch that `decode` needs: staged inputs, and staged pivot outputs of each shard.
 template <typename Rows, typename W>

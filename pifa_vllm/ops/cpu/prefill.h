@@ -7,6 +7,8 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "layer.h"
@@ -22,6 +24,8 @@ constexpr int kBlockRows = kBlockTiles * kTileRows;
 constexpr int kFewPanels = 4;
 constexpr int kBlockTokens = 16 * kPanel;
 constexpr int kUnpackColumns = 16 * kLanes;
+
+inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // Pack features [begin, end) of x [tokens, n] into a panel [n, kPanel]; missing tokens become zero.
 template <typename X>
@@ -65,7 +69,7 @@ class Tiles {
  public:
   // Groups of rows that are never taken together.
   explicit Tiles(int threads) : threads_(threads) {}
-  void add(int64_t rows) { ends_.push_back(count() + (rows + kTileRows - 1) / kTileRows); }
+  void add(int64_t rows) { ends_.push_back(count() + tiles_of(rows)); }
 
   struct Taken {
     size_t group;
@@ -99,7 +103,7 @@ template <typename W>
 void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t ldx, int64_t panels, float* block,
                     float* out, int64_t ldo) {
   constexpr int64_t kTile = kTileRows * kPanel;
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = tiles_of(rows);
   for (int64_t p = 0; p < panels; ++p) std::fill_n(out + p * ldo, tiles * kTile, 0.0f);
   for (int64_t begin = 0; begin < k; begin += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, k - begin);
@@ -131,17 +135,15 @@ struct Slots {
   std::vector<int64_t> columns;  // slot of each output column
   int64_t count;
 
-  explicit Slots(const Layer<W>& layer) : columns(layer.outputs), count(round_up(layer.pivots)) {
+  explicit Slots(const Layer<W>& layer) : columns(layer.outputs), count(tiles_of(layer.pivots) * kTileRows) {
     if (layer.pivots_are_outputs)
       for (int64_t i = 0; i < layer.pivots; ++i) columns[layer.column(i)] = i;
     for (const auto& shard : layer.shards) {
       for (int64_t i = 0; i < shard.rest; ++i) columns[layer.column(shard.rest_begin + i)] = count + i;
       rest.push_back(count);
-      count += round_up(shard.rest);
+      count += tiles_of(shard.rest) * kTileRows;
     }
   }
-
-  static int64_t round_up(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 };
 
 // y [tokens, outputs] = layer(x [tokens, n]); scratch(floats) gives memory.
