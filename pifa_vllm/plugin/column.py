@@ -71,10 +71,6 @@ class ColumnLayout:
             "rows": (sum(end - begin for begin, end in self._outputs),),
         }
 
-    def dense_numbers(self) -> int:
-        """Its rows of dense shards."""
-        return sum(self._dense) * self.shards[0].n
-
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View this rank's pivot rows of a shard, its coefficients, or its rows of a dense one."""
         if suffix == "coefficients":

@@ -77,10 +77,6 @@ class Layout(Protocol):
         """Shapes of `Parameters`, by name."""
         ...
 
-    def dense_numbers(self) -> int:
-        """How many numbers of pivot_weight are dense shards'."""
-        ...
-
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View what this rank holds of a shard's tensor inside the parameters."""
         ...
@@ -114,10 +110,6 @@ class WholeLayout:
             "coefficients": (coefficients,),
             "rows": (sum(self._out_features),),
         }
-
-    def dense_numbers(self) -> int:
-        """All of a dense shard."""
-        return sum(shard.m * shard.n for shard in self.shards if shard.rank is None)
 
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View a shard's whole tensor."""

@@ -69,11 +69,19 @@ class PIFALinearMethod(LinearMethodBase):
             # vLLM's protocol. A bound method, because its reloading of weights looks for those to let go of layers.
             set_weight_attrs(parameter, {"suffix": suffix, "weight_loader": MethodType(_load_shard, layer)})
             layer.register_parameter(suffix, parameter)
-        # Numbers that arrive under a parameter's name: reloading waits for them before it processes a layer again.
-        dense = self.layout.dense_numbers()
-        set_weight_attrs(layer.rows, {"weight_loader_numel": 0})
-        set_weight_attrs(layer.weight, {"weight_loader_numel": dense})
-        set_weight_attrs(layer.pivot_weight, {"weight_loader_numel": layer.pivot_weight.numel() - dense})
+        # Reloading waits for as many numbers under a parameter's name before it processes a layer again.
+        awaited = dict.fromkeys(shapes, 0)
+        for index, shard in enumerate(self.shards):
+            for suffix in shard.suffixes:
+                awaited[suffix] += self.part(layer, index, suffix).numel() or 1
+        for suffix, numbers in awaited.items():
+            set_weight_attrs(getattr(layer, suffix), {"weight_loader_numel": numbers})
+
+    def part(self, layer: LinearBase, index: int, suffix: str) -> Tensor:
+        """View what this rank holds of a shard's tensor; empty if that is nothing."""
+        if suffix == "pivot_rows":
+            return torch.split(layer.pivot_rows.data, [s.rank or 0 for s in self.shards])[index]
+        return self.layout.part(index, suffix, _parameters(layer))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what was loaded, then build the rows of the outputs.
@@ -91,14 +99,13 @@ class PIFALinearMethod(LinearMethodBase):
                 ask_for_large_pages(factor)
 
     def _finish(self, layer: LinearBase) -> None:
-        parameters = _parameters(layer)
         for index, shard in enumerate(self.shards):
             for suffix in shard.suffixes:
                 if suffix not in shard.loaded:
                     raise CheckpointError(f"{shard.source(suffix)} is missing from the checkpoint.")
                 if suffix != "pivot_rows":
                     # In the dtype that is served: a checkpoint's float32 may overflow in float16.
-                    part = self.layout.part(index, suffix, parameters)
+                    part = self.part(layer, index, suffix)
                     check_finite(part, f"{shard.source(suffix)} ({part.dtype})")
             # Should weights be loaded again, the next load is checked by itself.
             shard.loaded.clear()
@@ -146,13 +153,13 @@ def _copy_shard(
         )
     if suffix == "pivot_rows":
         check_pivot_rows(loaded_weight, shard.pivots, shard.m, source)
-        target = torch.split(layer.pivot_rows.data, [s.rank or 0 for s in method.shards])[index]
-        target.copy_(loaded_weight)
+    elif list(loaded_weight.shape) != shard.shape(suffix):
+        raise CheckpointError(f"{source}: expected {shard.shape(suffix)}, found {list(loaded_weight.shape)}.")
     else:
-        if list(loaded_weight.shape) != shard.shape(suffix):
-            raise CheckpointError(
-                f"{source}: expected {shard.shape(suffix)}, found {list(loaded_weight.shape)}."
-            )
-        part = method.layout.part(index, suffix, _parameters(layer))
-        part.copy_(method.layout.cut(index, suffix, loaded_weight))
+        loaded_weight = method.layout.cut(index, suffix, loaded_weight)
+    part = method.part(layer, index, suffix)
+    part.copy_(loaded_weight)
+    if not part.numel():
+        # Reloading counts the numbers that are copied, and must not take a layer for complete before this came.
+        torch.empty(1).copy_(torch.zeros(1))
     shard.loaded.add(suffix)

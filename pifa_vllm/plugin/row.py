@@ -58,10 +58,6 @@ class RowLayout:
             "rows": (shard.m,),
         }
 
-    def dense_numbers(self) -> int:
-        """None: a row-parallel layer is one module."""
-        return 0
-
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View all of a parameter."""
         if suffix == "coefficients":

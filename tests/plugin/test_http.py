@@ -1,10 +1,11 @@
-"""Adapters and weights that are changed over HTTP while the server runs."""
+"""Adapters and weights that are changed over HTTP while the server and its two ranks run."""
 
 import httpx
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.edit import copy_edited
 from tests.plugin.reference import answers_of, make_prompts
 from tests.plugin.test_lora import ALL, save_adapter
 from tests.server.serving import serve
@@ -24,6 +25,7 @@ def server(llamas, tmp_path_factory):
         llamas / "first-pifa",
         tmp_path_factory.mktemp("log") / "server.log",
         *("--max-model-len", "256", "--enable-lora", "--max-lora-rank", "8", "--server.admin-routes"),
+        *("--tensor-parallel-size", "2"),
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
         VLLM_SERVER_DEV_MODE="1",
     ) as running:
@@ -71,16 +73,33 @@ def test_sleep_pauses(server, llamas):
     assert ask(server) == says(llamas / "first-twin")
 
 
-def test_weights_are_replaced_or_kept(server, llamas):
+def halve(tensors):
+    """What training the factors alone would leave: the same pivot rows, other values."""
+    for name, tensor in tensors.items():
+        if name.endswith(("_proj.pivot_weight", "_proj.weight")):
+            tensor /= 2
+
+
+def test_weights_are_replaced_or_kept(server, llamas, tmp_path):
     def reload(directory):
         return post(
             server, "/collective_rpc", method="reload_weights", kwargs={"weights_path": str(directory)}
         )
 
-    response = reload(llamas / "other-pifa")
-    assert response.status_code >= 400
-    assert ask(server) == says(llamas / "first-twin")
-    assert "expected 90, found 87" in response.text + server.log.read_text()
-    assert reload(llamas / "second-pifa").status_code == 200
+    copy_edited(llamas / "first-pifa", tmp_path / "trained", tensors=halve)
+    copy_edited(llamas / "first-twin", tmp_path / "twin", tensors=halve)
+    before, after = says(llamas / "first-twin"), says(tmp_path / "twin")
+    assert before != after
+    # Other ranks; and other pivot rows, which would leave these ranks other shares of the coefficients.
+    for refused, reason in {
+        "other": "expected 90, found 87",
+        "second": "expected pivot rows that leave",
+    }.items():
+        response = reload(llamas / f"{refused}-pifa")
+        assert response.status_code >= 400
+        assert reason in response.text
+        assert ask(server) == before
+    response = reload(tmp_path / "trained")
+    assert response.status_code == 200, response.text
     assert httpx.post(f"{server.url}/reset_prefix_cache", timeout=60).status_code == 200
-    assert ask(server) == says(llamas / "second-twin")
+    assert ask(server) == after
