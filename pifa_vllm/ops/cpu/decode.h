@@ -4,30 +4,15 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "dot.h"
 #include "panel.h"
+#include "shares.h"
 
 namespace pifa {
 
-// Of weights, per chunk: long enough a stream for the hardware's prefetchers.
-constexpr int64_t kChunkBytes = 64 * 1024;
-
-// Rows handed to threads by a counter: a core that another process delays gets fewer.
-class Chunks {
- public:
-  // At most max_rows in a chunk, a multiple of `multiple`, and enough chunks to share them evenly.
-  Chunks(int64_t rows, int64_t multiple, int64_t max_rows, int threads) : rows_(rows) {
-    size_ = std::max<int64_t>(std::min(rows / (8 * threads), max_rows) / multiple, 1) * multiple;
-  }
-  int64_t count() const { return (rows_ + size_ - 1) / size_; }
-  int64_t begin(int64_t chunk) const { return chunk * size_; }
-  int64_t end(int64_t chunk) const { return std::min(rows_, (chunk + 1) * size_); }
-
- private:
-  int64_t rows_, size_;
-};
+// Of weights, that a thread takes at once: long enough a stream for the hardware's prefetchers.
+constexpr int64_t kShareBytes = 64 * 1024;
 
 // Floats of scratch that `decode` needs: staged inputs, and staged pivot outputs of each shard.
 template <typename Rows, typename W>
@@ -42,18 +27,16 @@ template <typename Rows, typename W>
 void decode(const Layer<W>& layer, const W* x, W* y, int tokens, float* scratch, int threads) {
   float* const staged_x = scratch;
   std::vector<float*> staged_y;
-  const Chunks pivots(layer.pivots, Rows::kRows, kChunkBytes / (layer.n * sizeof(W) + 1), threads);
-  std::vector<Chunks> rests;
-  std::vector<int64_t> first{0};
+  const auto most = [](int64_t k) { return kShareBytes / (k * int64_t(sizeof(W)) * Rows::kRows + 1); };
+  Shares pivots(threads), rest(threads);
+  pivots.add(layer.pivots, Rows::kRows, most(layer.n));
   float* next = scratch + Rows::floats(layer.n);
   for (const auto& shard : layer.shards) {
     staged_y.push_back(next);
     next += Rows::floats(shard.rank);
-    rests.emplace_back(shard.rest, Rows::kRows, kChunkBytes / (shard.rank * sizeof(W) + 1), threads);
-    first.push_back(first.back() + rests.back().count());
+    rest.add(shard.rest, Rows::kRows, most(shard.rank));
   }
   std::fill(scratch, next, 0.0f);
-  std::atomic<int64_t> next_pivots{0}, next_rest{0};
 
   const auto write = [&](int64_t stacked, const float* values) {
     const int64_t column = layer.column(stacked);
@@ -67,9 +50,10 @@ void decode(const Layer<W>& layer, const W* x, W* y, int tokens, float* scratch,
     for (int64_t i = 0; i < layer.n; ++i)
       for (int t = 0; t < tokens; ++t) staged_x[Rows::offset(i, t, layer.n)] = to_float(x[t * layer.n + i]);
 
-    for (int64_t chunk; (chunk = next_pivots++) < pivots.count();) {
+    Shares::Share share;
+    while (pivots.take(share)) {
       size_t s = 0;
-      Rows::stream(layer.pivot_weight, pivots.begin(chunk), pivots.end(chunk), layer.n, staged_x,
+      Rows::stream(layer.pivot_weight, share.begin, share.end, layer.n, staged_x,
                    [&](int64_t row, const float* values) {
                      while (row >= layer.shards[s].pivot_begin + layer.shards[s].rank) ++s;
                      const auto& shard = layer.shards[s];
@@ -80,11 +64,10 @@ void decode(const Layer<W>& layer, const W* x, W* y, int tokens, float* scratch,
     }
 #pragma omp barrier
 
-    for (int64_t chunk; (chunk = next_rest++) < first.back();) {
-      const size_t s = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
-      const auto& shard = layer.shards[s];
-      Rows::stream(shard.coefficients, rests[s].begin(chunk - first[s]), rests[s].end(chunk - first[s]), shard.rank,
-                   staged_y[s], [&](int64_t row, const float* values) { write(shard.rest_begin + row, values); });
+    while (rest.take(share)) {
+      const auto& shard = layer.shards[share.group];
+      Rows::stream(shard.coefficients, share.begin, share.end, shard.rank, staged_y[share.group],
+                   [&](int64_t row, const float* values) { write(shard.rest_begin + row, values); });
     }
   }
 }

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "layer.h"
+#include "shares.h"
 #include "tile.h"
 #include "transpose.h"
 
@@ -62,40 +63,6 @@ void unpack_panel(const float* panel, const int64_t* slots, const Y* bias, int64
     for (int64_t t = 0; t < std::min<int64_t>(tokens, kPanel); ++t)
       from_float(panel[slots[c] * kPanel + t] + (bias ? to_float(bias[c]) : 0.0f), y + t * outputs + c);
 }
-
-// Tiles of rows, taken by threads until none are left: many at first, which costs fewer copies, and single ones at the
-// end, so that no thread waits long for the others.
-class Tiles {
- public:
-  // Groups of rows that are never taken together.
-  explicit Tiles(int threads) : threads_(threads) {}
-  void add(int64_t rows) { ends_.push_back(count() + tiles_of(rows)); }
-
-  struct Taken {
-    size_t group;
-    int64_t begin, end;  // rows of the group; the end may lie beyond it
-  };
-  bool take(Taken& taken) {
-    for (int64_t begin = next_; begin < count();) {
-      const size_t group = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
-      const int64_t share = std::clamp<int64_t>((count() - begin) / (4 * threads_), 1, kBlockTiles);
-      const int64_t end = std::min(begin + share, ends_[group]);
-      if (!next_.compare_exchange_weak(begin, end)) continue;
-      const int64_t first = group ? ends_[group - 1] : 0;
-      taken = {group, (begin - first) * kTileRows, (end - first) * kTileRows};
-      return true;
-    }
-    return false;
-  }
-  void restart() { next_ = 0; }
-
- private:
-  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
-
-  int threads_;
-  std::vector<int64_t> ends_;
-  std::atomic<int64_t> next_{0};
-};
 
 // out [rows, kPanel] of each panel = w [rows, k] times its packed x. The panels of x lie ldx floats apart, those of
 // out ldo. Rows are written up to a multiple of kTileRows.
@@ -156,9 +123,9 @@ void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, const Scra
   float* const packed_y = packed_x + max_panels * ldx;                                             // [panel, slot, kPanel]
   float* const blocks = packed_y + max_panels * ldo;
 
-  Tiles pivots(threads), rest(threads);
-  pivots.add(layer.pivots);
-  for (const auto& shard : layer.shards) rest.add(shard.rest);
+  Shares pivots(threads), rest(threads);
+  pivots.add(layer.pivots, kTileRows, kBlockTiles);
+  for (const auto& shard : layer.shards) rest.add(shard.rest, kTileRows, kBlockTiles);
 
   for (int64_t token = 0; token < tokens; token += kBlockTokens) {
     const int64_t block_tokens = std::min<int64_t>(kBlockTokens, tokens - token);
@@ -181,14 +148,14 @@ void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, const Scra
       }
 #pragma omp barrier
 
-      for (Tiles::Taken t; pivots.take(t);)
-        multiply_block(layer.pivot_weight + t.begin * layer.n, std::min(t.end, layer.pivots) - t.begin, layer.n, packed_x,
+      for (Shares::Share t; pivots.take(t);)
+        multiply_block(layer.pivot_weight + t.begin * layer.n, t.end - t.begin, layer.n, packed_x,
                        ldx, panels, block, packed_y + t.begin * kPanel, ldo);
 #pragma omp barrier
 
-      for (Tiles::Taken t; rest.take(t);) {
+      for (Shares::Share t; rest.take(t);) {
         const auto& shard = layer.shards[t.group];
-        multiply_block(shard.coefficients + t.begin * shard.rank, std::min(t.end, shard.rest) - t.begin, shard.rank,
+        multiply_block(shard.coefficients + t.begin * shard.rank, t.end - t.begin, shard.rank,
                        packed_y + shard.pivot_begin * kPanel, ldo, panels, block,
                        packed_y + (slots.rest[t.group] + t.begin) * kPanel, ldo);
       }
