@@ -33,52 +33,74 @@ _MAX_MODEL_LEN = 2048
 _SETTLE_SECONDS = 1.5
 
 
+# What the CPU image sets, which has no C++ compiler.
+_EAGER = {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
+
+
 @dataclass(frozen=True)
-class Served:
-    """A checkpoint and the dtype to serve it in.
+class Way:
+    """A way to serve a model.
 
     Attributes:
         form: "dense" is served without any plugin.
         dtype: of weights and activations.
-        directory: the checkpoint.
+        eager: nothing is compiled, as in the CPU image.
     """
 
     form: Form
     dtype: torch.dtype
-    directory: Path
+    eager: bool = False
 
     @property
     def name(self) -> str:
-        """Such as "pifa-bfloat16"."""
-        return f"{self.form}-{str(self.dtype).removeprefix('torch.')}"
+        """Such as "pifa-bfloat16" or "pifa-float32-eager"."""
+        return f"{self.form}-{str(self.dtype).removeprefix('torch.')}{'-eager' * self.eager}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its server."""
+        # An empty list makes vLLM load no plugin at all, ours among them.
+        plugins = {"VLLM_PLUGINS": ""} if self.form == "dense" else {}
+        return plugins | (_EAGER if self.eager else {})
 
 
-def parse_servers(text: str) -> list[tuple[Form, torch.dtype]]:
-    """Read names such as "dense-float32,pifa-bfloat16".
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint and the way to serve it."""
+
+    way: Way
+    directory: Path
+
+
+def parse_servers(text: str) -> list[Way]:
+    """Read names such as "dense-float32,pifa-bfloat16,pifa-bfloat16-eager".
 
     Raises:
         PifaError: naming the one that is wrong.
     """
-    found: list[tuple[Form, torch.dtype]] = []
-    forms: dict[str, Form] = {"dense": "dense", "pifa": "pifa", "lowrank": "lowrank"}
+    forms: tuple[Form, ...] = ("dense", "pifa", "lowrank")
+    ways = [
+        Way(form, dtype, eager) for form in forms for dtype in _DTYPES.values() for eager in (False, True)
+    ]
+    known = {way.name: way for way in ways}
+    found: list[Way] = []
     for name in text.split(","):
-        form, _, dtype = name.partition("-")
-        if form not in forms or dtype not in _DTYPES or (forms[form], _DTYPES[dtype]) in found:
+        if name not in known or known[name] in found:
             raise PifaError(
-                f"--servers: expected different ones of {', '.join(forms)}, each with -{', -'.join(_DTYPES)}, "
-                f"found {name!r} in {text!r}."
+                f"--servers: expected different ones of {', '.join(forms)}, each with -{', -'.join(_DTYPES)}, and "
+                f"-eager or not, found {name!r} in {text!r}."
             )
-        found.append((forms[form], _DTYPES[dtype]))
+        found.append(known[name])
     return found
 
 
 def random_models(
-    servers: Sequence[tuple[Form, torch.dtype]], shape: str, density: float, work_dir: Path
+    servers: Sequence[Way], shape: str, density: float, work_dir: Path
 ) -> tuple[list[Served], dict[str, Any]]:
     """Write what is not in `work_dir` yet of the random models that are to be served.
 
     Args:
-        servers: forms and dtypes.
+        servers: the ways to serve them.
         shape: key of `SHAPES`.
         density: kept / dense parameters of PIFA's linear modules.
         work_dir: for the checkpoints, which are kept.
@@ -92,12 +114,12 @@ def random_models(
     if shape not in SHAPES:
         raise PifaError(f"--shape: expected one of {', '.join(SHAPES)}, found {shape!r}.")
     found = []
-    for form, dtype in servers:
-        share = "" if form == "dense" else f"-{density:g}"
-        name = f"random-{shape}-{form}{share}-{str(dtype).removeprefix('torch.')}"
+    for way in servers:
+        share = "" if way.form == "dense" else f"-{density:g}"
+        name = f"random-{shape}-{way.form}{share}-{str(way.dtype).removeprefix('torch.')}"
         if not (work_dir / name).exists():
-            save_random_model(work_dir / name, SHAPES[shape], form, density, dtype)
-        found.append(Served(form, dtype, work_dir / name))
+            save_random_model(work_dir / name, SHAPES[shape], way.form, density, way.dtype)
+        found.append(Served(way, work_dir / name))
     return found, {
         **asdict(SHAPES[shape]),
         "name": f"random-{shape}",
@@ -106,13 +128,11 @@ def random_models(
     }
 
 
-def real_models(
-    servers: Sequence[tuple[Form, torch.dtype]], dense: Path, pifa: Path
-) -> tuple[list[Served], dict[str, Any]]:
+def real_models(servers: Sequence[Way], dense: Path, pifa: Path) -> tuple[list[Served], dict[str, Any]]:
     """Serve what was made from a real model; otherwise as `random_models`.
 
     Args:
-        servers: forms and dtypes; the files' dtype is converted where it is another one.
+        servers: the ways to serve them; the files' dtype is converted where it is another one.
         dense: model directory.
         pifa: its PIFA checkpoint.
 
@@ -120,14 +140,14 @@ def real_models(
         CheckpointError: if a directory is not what it is said to be.
         PifaError: if "lowrank" is asked for, which only random models have.
     """
-    if any(form == "lowrank" for form, _ in servers):
+    if any(way.form == "lowrank" for way in servers):
         raise PifaError("--servers: expected dense or pifa with --dense and --pifa, found lowrank.")
     directories = {"dense": dense, "pifa": pifa}
     density = read_config(pifa).density
     config = read_json(dense / "config.json")
     sizes = {field.name: config[field.name] for field in fields(ModelShape) if field.name in config}
     model = {**sizes, "name": dense.name, "weights": "trained", "density": density}
-    return [Served(form, dtype, directories[form]) for form, dtype in servers], model
+    return [Served(way, directories[way.form]) for way in servers], model
 
 
 def e2e(
@@ -164,7 +184,7 @@ def e2e(
         PifaError: if a server does not start, or a request fails.
     """
     results = _resume(output, model)
-    names = [x.name for x in served]
+    names = [x.way.name for x in served]
     done = [(cell["servers"], cell["workload"]) for cell in results["cells"]]
     wanted = [w for w in workloads if (names, w.to_dict()) not in done]
     if not wanted:
@@ -182,25 +202,25 @@ def e2e(
         # One after another: the time that a start takes is one of the results.
         for x in served:
             server = Server(
-                x.name,
+                x.way.name,
                 x.directory,
-                x.dtype,
-                work_dir / f"{x.name}.log",
+                x.way.dtype,
+                work_dir / f"{x.way.name}.log",
                 kv_cache_bytes=kv_cache_bytes,
-                plugins=x.form != "dense",
                 flags=["--max-model-len", str(longest), *flags],
+                environment=x.way.environment,
             )
             servers.append(stack.enter_context(server))
             server.wait_until_ready()
-            results["servers"].setdefault(x.name, {"starts": []})["starts"].append(server.start)
-            say(f"{x.name}: ready after {server.start['seconds']:.1f} s")
+            results["servers"].setdefault(x.way.name, {"starts": []})["starts"].append(server.start)
+            say(f"{x.way.name}: ready after {server.start['seconds']:.1f} s")
         for workload in wanted:
             cell: dict[str, Any] = {"servers": names, "workload": workload.to_dict()}
             cell["rounds"] = _measure(servers, workload, rounds, vocab_size, say)
             results["cells"].append(cell)
             for x, server in zip(served, servers, strict=True):
-                results["servers"][x.name]["weights"] = weight_bytes(x.directory, x.dtype)
-                results["servers"][x.name]["memory"] = server.memory()
+                results["servers"][x.way.name]["weights"] = weight_bytes(x.directory, x.way.dtype)
+                results["servers"][x.way.name]["memory"] = server.memory()
             replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 

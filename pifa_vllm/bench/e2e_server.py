@@ -33,8 +33,8 @@ class Server(ServerProcess):
         dtype: to serve it in.
         log: file for the server's output.
         kv_cache_bytes: memory for the KV cache.
-        plugins: False makes vLLM load no plugin at all, ours among them.
         flags: further flags of `vllm serve`.
+        environment: variables beside those of this process.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Server(ServerProcess):
         log: Path,
         *,
         kv_cache_bytes: int,
-        plugins: bool,
         flags: list[str],
+        environment: dict[str, str],
     ) -> None:
         self.name = name
         self.start: dict[str, float | None] = {}
@@ -54,7 +54,6 @@ class Server(ServerProcess):
         own = ["--served-model-name", name, "--dtype", str(dtype).removeprefix("torch.")]
         # A prompt that was seen before must cost what it cost the first time.
         own += ["--kv-cache-memory-bytes", str(kv_cache_bytes), "--no-enable-prefix-caching"]
-        environment = {} if plugins else {"VLLM_PLUGINS": ""}
         title = f"the server {name}"
         super().__init__(directory, free_port(), log, [*own, *flags], name=title, environment=environment)
 

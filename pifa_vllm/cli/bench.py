@@ -89,7 +89,8 @@ def _add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         default="dense-float32,pifa-float32,pifa-bfloat16",
         metavar="FORM-DTYPE,...",
         help="dense, pifa, or lowrank (a PIFA checkpoint as large as plain low rank of PIFA's rank), each with a "
-        "dtype; all are up at once, and compared with the first (default: %(default)s)",
+        "dtype, and -eager to serve it as the CPU image does; all are up at once, and compared with the first "
+        "(default: %(default)s)",
     )
     add(
         "--workloads",

@@ -24,15 +24,15 @@ TINY = SHAPES["tiny"]
 class StubServer:
     """A server that is ready at once."""
 
-    started: ClassVar[list[tuple[str, bool, list[str]]]] = []
+    started: ClassVar[list[tuple[str, dict[str, str], list[str]]]] = []
 
-    def __init__(self, name, directory, dtype, log, *, kv_cache_bytes, plugins, flags):
+    def __init__(self, name, directory, dtype, log, *, kv_cache_bytes, flags, environment):
         self.name, self.url = name, f"http://{name}"
         self.start = {"seconds": 2.0, "weights_seconds": 0.5}
-        self.kv_cache_bytes, self.plugins, self.flags = kv_cache_bytes, plugins, flags
+        self.kv_cache_bytes, self.environment, self.flags = kv_cache_bytes, environment, flags
 
     def __enter__(self):
-        self.started.append((self.name, self.plugins, self.flags))
+        self.started.append((self.name, self.environment, self.flags))
         return self
 
     def __exit__(self, *_):
@@ -78,7 +78,7 @@ def sent(monkeypatch):
 
 def measure(tmp_path, workloads, servers="dense-float32,pifa-float32", **options):
     served, model = random_models(parse_servers(servers), "tiny", 0.5, tmp_path)
-    settings = {"model": model, "rounds": 3, "kv_cache_bytes": 10**6, "flags": ["--enforce-eager"]}
+    settings = {"model": model, "rounds": 3, "kv_cache_bytes": 10**6, "flags": ["--seed", "1"]}
     output = tmp_path / "results.json"
     parsed = [Workload.parse(x) for x in workloads]
     return e2e(
@@ -131,10 +131,8 @@ def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, 
     pair = ["dense-float32", "pifa-float32"]
     # Warm-ups first, then A B A B; the same prompts for both.
     assert sent == [(name, -1, 2) for name in pair] + [(name, i, 8) for i in range(3) for name in pair]
-    assert StubServer.started == [
-        ("dense-float32", False, ["--max-model-len", "2048", "--enforce-eager"]),
-        ("pifa-float32", True, ["--max-model-len", "2048", "--enforce-eager"]),
-    ]
+    flags = ["--max-model-len", "2048", "--seed", "1"]
+    assert StubServer.started == [("dense-float32", {"VLLM_PLUGINS": ""}, flags), ("pifa-float32", {}, flags)]
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["model"]["weights"] == "random"
 
@@ -149,6 +147,16 @@ def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, 
     # Another set of servers is another measurement; another model starts a new file.
     assert len(measure(tmp_path, ["64/1/1"], servers="pifa-float32,dense-float32")["cells"]) == 3
     assert len(measure(tmp_path, ["64/1/1"], model={"name": "other"})["cells"]) == 1
+
+
+def test_eager_servers_compile_nothing(tmp_path, sent):
+    measure(tmp_path, ["16/8/2"], servers="pifa-float32,pifa-float32-eager")
+    _, (name, environment, _) = StubServer.started
+    assert name == "pifa-float32-eager"
+    assert environment == {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
+    # The variables are those of the image.
+    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    assert all(f"{variable}={value}" in dockerfile for variable, value in environment.items())
 
 
 def test_tables_and_plot(tmp_path, sent):
@@ -199,19 +207,10 @@ def test_real_models_have_no_stand_in(tmp_path):
         real_models(parse_servers("lowrank-float32"), tmp_path, tmp_path)
 
 
-def test_dense_models_are_served_by_vllm_without_plugins(tmp_path, monkeypatch):
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    options = {"kv_cache_bytes": 1, "flags": []}
-    arguments = ("name", tmp_path, torch.float32, tmp_path / "log")
-    assert Server(*arguments, plugins=False, **options).environment["VLLM_PLUGINS"] == ""
-    assert "VLLM_PLUGINS" not in Server(*arguments, plugins=True, **options).environment
-
-
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
     pytest.importorskip("vllm")
-    server = Server(
-        "a", tmp_path / "no", torch.float32, tmp_path / "log", kv_cache_bytes=1, plugins=True, flags=[]
-    )
+    options = {"kv_cache_bytes": 1, "flags": [], "environment": {}}
+    server = Server("a", tmp_path / "no", torch.float32, tmp_path / "log", **options)
     with pytest.raises(PifaError, match="expected a model directory, found none"), server:
         server.wait_until_ready()
 

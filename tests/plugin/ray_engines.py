@@ -2,7 +2,7 @@
 
 Usage: python -m tests.plugin.ray_engines JOBS.json RESULTS.json
 
-Every job runs in a Ray actor of its own, as Ray Serve and Ray Data run vLLM.
+The jobs run in one Ray actor, as Ray Serve and Ray Data run vLLM. At most the last one may start an engine.
 """
 
 from __future__ import annotations
@@ -17,23 +17,18 @@ import ray
 
 @ray.remote(num_cpus=1)
 class Engine:
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.job = job
-
-    def run(self) -> dict[str, Any]:
+    def run(self, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         from tests.plugin import engines
 
-        return engines.run(self.job, [])
+        return {name: engines.run(job, []) for name, job in jobs.items()}
 
 
 def main() -> None:
     jobs, results = map(Path, sys.argv[1:])
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20)
-    found = {}
-    for name, job in json.loads(jobs.read_text()).items():
-        engine = Engine.remote(job)
-        found[name] = ray.get(engine.run.remote())
-        ray.kill(engine)
+    engine = Engine.remote()
+    found = ray.get(engine.run.remote(json.loads(jobs.read_text())))
+    ray.kill(engine)
     results.write_text(json.dumps(found))
     ray.shutdown()
 

@@ -92,11 +92,11 @@ def test_an_engine_in_a_ray_actor(models, tmp_path):
     """On a real cluster of this one machine; vLLM's own Ray executor takes no CPUs, whatever the model."""
     pytest.importorskip("ray")
     jobs = {
-        "actor": {"model": str(models / "grouped-pifa")},
         "executor": {
             "model": str(models / "grouped"),
             "options": {"distributed_executor_backend": "ray"},
         },
+        "actor": {"model": str(models / "grouped-pifa")},
     }
     settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
     found = run_engines(jobs, tmp_path, module="tests.plugin.ray_engines", **settings)

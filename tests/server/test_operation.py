@@ -116,7 +116,12 @@ def test_logs_are_json_with_ids_and_without_prompts(pair):
     answer = httpx.post(f"{pair.url}/v1/completions?q={PROMPT}", json=request, headers=sent, timeout=60)
     assert answer.headers["x-request-id"] == "an-id-of-the-client"
     assert "an-id-of-the-client" in answer.json()["id"]
-    (line,) = [line for line in logged(pair) if line["request_id"] == "an-id-of-the-client"]
+    deadline = time.monotonic() + 60
+    # The line is written once the answer has gone.
+    while not (found := [line for line in logged(pair) if line["request_id"] == "an-id-of-the-client"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (line,) = found
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert line["seconds"] > 0
     # An id that could forge a line of the log is replaced.
