@@ -18,6 +18,7 @@ from pifa_vllm.compress.journal import Journal
 from pifa_vllm.compress.options import CompressOptions
 from pifa_vllm.compress.report.render import render_files
 from pifa_vllm.compress.report.schema import CARD_NAME, CompressionReport
+from pifa_vllm.errors import CheckpointError
 
 _VERSIONED = ("torch", "transformers", "safetensors", "numpy")
 
@@ -45,12 +46,18 @@ def publish(
         command: the command line, for the record.
 
     Raises:
-        CheckpointError: if a file cannot be written, or the output directory exists by now.
+        CheckpointError: if a file cannot be written, the output directory exists by now, or nothing is left of the
+            model.
     """
     for index, name in enumerate(model.untouched_tensors()):
         writer.write_shard(f"top-{index:05d}.safetensors", {name: model.load_as(name, dtype)})
     # Not the allocated ranks: a module's weight may have turned out to have less.
     ranks = {x.name: x.rank for x in journal.modules if not x.dense}
+    if not any(x.dense or x.rank for x in journal.modules):
+        raise CheckpointError(
+            f"{options.model}: expected a trained model, found linear modules that are all zero, or get nothing "
+            "but zeros of the calibration text."
+        )
     report = _report(writer, model, options, dtype, journal, ranks, calibration, command)
     writer.copy_companions(options.model)
     for file, text in render_files(report, _source_card(options.model)).items():

@@ -19,6 +19,7 @@ from pifa_vllm.compress.journal import lock
 from pifa_vllm.compress.pipeline import Compression
 from pifa_vllm.errors import CheckpointError, PifaError
 from tests.compress.runs import Recorder, tiny_options, write_text
+from tests.edit import copy_edited
 from tests.tiny import save_tiny_model
 
 
@@ -44,6 +45,14 @@ def compress(options):
 
 def tensors_of(directory):
     return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "mpifa-exact"])
+def test_a_model_of_zeros_is_refused(method, llama, text, tmp_path):
+    copy_edited(llama, tmp_path / "zeros", tensors=lambda tensors: [x.zero_() for x in tensors.values()])
+    with pytest.raises(CheckpointError, match=r"zeros: expected a trained model, found .* all zero"):
+        compress(tiny_options(tmp_path / "zeros", tmp_path / "out", text, method=method))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["svd", "svd-llm", "mpifa", "mpifa-exact"])
