@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from tests.pifa_tiny import save_pifa_twin
+from tests.release import vllm_before
 from tests.tiny import save_tiny_model
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """`pifa-vllm serve` without a key, with a limit on requests that tests can reach."""
     from tests.server.serving import serve
 
+    strict = () if vllm_before("0.32") else ("--tool-strict-level", "parameter")
     with serve(
         checkpoint,
         tmp_path_factory.mktemp("log") / "server.log",
         *("--max-model-len", "256", "--server.max-concurrent-requests", "48"),
         *("--server.ready-interval", "2", "--server.request-timeout", "60"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--tool-strict-level", "parameter"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *strict),
         # A random model would fill its answer with spaces.
         *("--structured-outputs-config.backend", "xgrammar"),
         *("--structured-outputs-config.disable_any_whitespace", "true"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -22,6 +24,8 @@ _OTHER_FORMATS = {
     "sharded_state": "reads what one of vLLM's workers saved",
     "tensorizer": "reads what one of vLLM's workers saved",
 }
+# Before 0.32 vLLM replaces Triton's kernels on CPUs by name, where its launchers do not look for them.
+_KERNELS_FOR_CPUS = "vllm.triton_utils.dispatcher"
 
 
 def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
@@ -36,6 +40,11 @@ def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
             f"checkpoint's safetensors, found one that {reads}. Leave the option out."
         )
     if current_platform.is_cpu():
+        if vllm_config.speculative_config is not None and find_spec(_KERNELS_FOR_CPUS) is None:
+            raise UnsupportedModelError(
+                f"--speculative-config: vLLM {vllm.__version__} cannot verify drafts on CPUs, whatever the model; "
+                "vLLM 0.32 can. Leave the option out, or update vLLM."
+            )
         from pifa_vllm.plugin.compiled import ensure_graphs_load
 
         ensure_graphs_load()

@@ -1,11 +1,12 @@
 """LoRA adapters on a PIFA model: they must be made for it, and must not leak into requests without one.
 
-vLLM 0.32 has a fault in each respect, in models of every kind. Both are put right only in engines that serve a
+vLLM has faults in each respect, in models of every kind. They are put right only in engines that serve a
 PIFA model:
 
 - Of an adapter it checks the last parts of the modules' names. A narrower model's adapter is padded with zeros,
   and a layer that the model does not have is passed over, without a word. The one name by which the LoRA
   worker reads adapters is rebound to a subclass that compares names and shapes first.
+- Before 0.32 it passes over ranks and scales of single modules (`rank_pattern`, `alpha_pattern`), too: refused.
 - On CPUs a request without an adapter has the index -1, which `lora_ops` takes for the last adapter: as soon as
   every slot is taken, such requests get another user's adapter (vllm-project/vllm#48421). There a trial finds the
   fault, and the ops are rebound to ones that multiply such a request's activations by zero.
@@ -14,11 +15,13 @@ PIFA model:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.lora import worker_manager
@@ -28,7 +31,7 @@ from vllm.lora.punica_wrapper import punica_cpu
 
 from pifa_vllm.checkpoint import Checkpoint, read_json
 from pifa_vllm.checkpoint.shards import read_header
-from pifa_vllm.errors import CheckpointError
+from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 
 _OPS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 _PREFIX = "base_model.model."
@@ -100,6 +103,26 @@ def check_adapter(adapter: Path, checkpoint: Checkpoint, *, base: bool = False) 
             )
 
 
+def check_patterns(adapter: Path, known: set[str]) -> None:
+    """Refuse an adapter whose modules have ranks or scales of their own, if vLLM would pass over them in silence.
+
+    Args:
+        adapter: a directory as `PeftModel.save_pretrained` writes it.
+        known: the settings that vLLM reads; before 0.32 these are not among them.
+
+    Raises:
+        UnsupportedModelError: naming file and setting.
+    """
+    path = adapter / "adapter_config.json"
+    config = read_json(path)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if config.get(name) and name not in known:
+            raise UnsupportedModelError(
+                f"{path}: {name}: expected none, as vLLM {vllm.__version__} scales all modules alike, found "
+                f"{config[name]}. vLLM 0.32 reads it."
+            )
+
+
 def spares_base_requests() -> bool:
     """Try `bgmv_shrink` on a request without an adapter."""
     y = torch.zeros(1, 1)
@@ -137,4 +160,5 @@ class _CheckedPEFTHelper(PEFTHelper):
     def validate_legal(self, lora_config: Any) -> None:
         super().validate_legal(lora_config)
         if engine := _engines.get(id(lora_config)):
+            check_patterns(self.directory, {field.name for field in fields(PEFTHelper)})
             engine[1](self.directory)

@@ -76,7 +76,8 @@ def main() -> None:
     found["pifa"]["embeddings"] = embed(pifa, job)
     found["refused"] = refusals(pifa, job["refused"])
     # N-grams load numba, after which vLLM starts no further engine in a process without a GPU.
-    found["pifa"] |= draft(pifa, job)
+    if job["drafts"]:
+        found["pifa"] |= draft(pifa, job)
     Path(sys.argv[2]).write_text(json.dumps(found))
     sys.stdout.flush()
     # Engines that share a process cannot all be shut down in order.

@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from pifa_vllm.checkpoint import read_json
 from tests.pifa_tiny import save_pifa_twin
 from tests.plugin.test_engines import PROMPTS, TOKENS, ranks, transformers_says
+from tests.release import vllm_before
 from tests.server.serving import Server
 from tests.tiny import save_tiny_model
 
@@ -50,9 +51,10 @@ def test_two_engines_answer_as_one(models, tmp_path):
         assert sum(by_engine.values()) >= len(PROMPTS)
         caches = {
             engine: served.total("pifa_device_memory_bytes", engine=engine, part="kv_cache")
-            for engine in by_engine
+            for engine in ("0" if vllm_before("0.32") else "01")  # older ones tell of the first engine only
         }
-        assert caches["0"] == caches["1"] > 0
+        assert set(caches.values()) != {0}
+        assert len(set(caches.values())) == 1
         assert served.total("pifa_kv_cache_bytes") == sum(caches.values())
         config = read_json(models / "pifa" / "config.json")
         heads, size, layers = (config[k] for k in ("num_key_value_heads", "head_dim", "num_hidden_layers"))

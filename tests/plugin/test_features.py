@@ -1,15 +1,19 @@
 """What vLLM's users expect of an engine, on a PIFA checkpoint and on the matrices that it stands for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.plugin.reference import answers_of, check, make_prompts
 from tests.plugin.script import run_script
+from tests.release import vllm_before
 
 pytest.importorskip("vllm")
 
 pytestmark = pytest.mark.vllm
+speculates = pytest.mark.skipif(vllm_before("0.32"), reason="vLLM's speculation does not run on CPUs")
 
 TOKENS = 24
 # Two begin alike over more than a block of the KV cache, and one repeats itself, for n-grams to be found.
@@ -44,6 +48,7 @@ def used(llamas, tmp_path_factory):
         "prompts": PROMPTS,
         "tokens": TOKENS,
         "ways": WAYS,
+        "drafts": not vllm_before("0.32"),
         "refused": {name: options for name, (options, _) in REFUSED.items()},
     }
     return run_script("tests.plugin.featured_engines", job, tmp_path_factory.mktemp("used"))
@@ -59,7 +64,9 @@ def expected(model):
     return answers_of(model, PROMPTS, TOKENS)
 
 
-@pytest.mark.parametrize("way", ["plain", "cached", "drafting", "transformers", "offloaded"])
+@pytest.mark.parametrize(
+    "way", ["plain", "cached", "transformers", "offloaded", pytest.param("drafting", marks=speculates)]
+)
 def test_answers(way, used, expected):
     check(used["pifa"][way], expected)
 
@@ -70,6 +77,7 @@ def test_the_prefix_cache_is_used(used):
     assert sum(cached) >= 256  # two blocks
 
 
+@speculates
 def test_n_grams_are_accepted(used):
     assert used["pifa"]["accepted"] > 0
 
@@ -101,6 +109,22 @@ def test_bfloat16_says_nearly_the_same(used, expected):
 def test_what_does_not_go_together_is_refused(name, used):
     assert name in used["refused"], "it was accepted"
     assert REFUSED[name][1] in used["refused"][name][1]
+
+
+def test_speculation_is_refused_where_vllm_cannot(monkeypatch):
+    from vllm.platforms import current_platform
+
+    from pifa_vllm.errors import UnsupportedModelError
+    from pifa_vllm.plugin import engine
+
+    if not current_platform.is_cpu():
+        pytest.skip("vLLM's speculation runs here")
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    settings = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"), speculative_config="any")
+    with pytest.raises(
+        UnsupportedModelError, match=r"--speculative-config: vLLM .* cannot verify drafts on CPUs"
+    ):
+        engine.prepare(None, settings)
 
 
 def test_a_newer_format_is_refused(llamas, tmp_path):

@@ -8,8 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from pifa_vllm.errors import UnsupportedModelError
 from tests.plugin.reference import answers_of, check, make_prompts
 from tests.plugin.script import run_script
+from tests.release import vllm_before
 from tests.tiny import save_tiny_model
 
 pytest.importorskip("vllm")
@@ -51,7 +53,7 @@ def adapters(llamas, tmp_path_factory):
         lora_alpha=8,
         target_modules=["q_proj", "v_proj", "up_proj"],
         use_rslora=True,
-        rank_pattern={"up_proj": 6},
+        rank_pattern={} if vllm_before("0.32") else {"up_proj": 6},
     )
     save_adapter(
         base,
@@ -168,6 +170,17 @@ def test_fewer_layers_and_other_bases_are_left_alone(llamas, adapters):
     with pytest.raises(Exception, match="which is none"):
         check_adapter(strip_prefix(adapters["all"]), checkpoint)
     check_adapter(strip_prefix(adapters["all"]), checkpoint, base=True)
+
+
+def test_ranks_of_single_modules_are_refused_where_vllm_passes_over_them(llamas, tmp_path):
+    from pifa_vllm.plugin.lora import check_patterns
+
+    save_adapter(llamas / "first", tmp_path / "a", r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 6})
+    check_patterns(tmp_path / "a", {"r", "rank_pattern", "alpha_pattern"})
+    with pytest.raises(
+        UnsupportedModelError, match=r"adapter_config.json: rank_pattern: expected none, .* found"
+    ):
+        check_patterns(tmp_path / "a", {"r"})
 
 
 def strip_prefix(adapter):

@@ -1,19 +1,19 @@
 """Other weights in a running engine: those of the new checkpoint, or an error and those that were there."""
 
 import pytest
-from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from tests.edit import copy_edited
 from tests.plugin.reference import answers_of, check, make_prompts
 from tests.plugin.script import run_script
+from tests.release import vllm_before
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(
-        Version(vllm.__version__) < Version("0.32"),
+        vllm_before("0.32"),
         reason="before 0.32 vLLM's runners keep their load format, so nothing is checked before a reload",
     ),
 ]

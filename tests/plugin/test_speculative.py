@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.pifa_tiny import save_pifa_twin
+from tests.release import vllm_before
 from tests.server.serving import serve
 from tests.tiny import save_tiny_model
 
@@ -18,7 +19,10 @@ pytest.importorskip("vllm")
 
 from pifa_vllm.plugin.verification import expand_batch_to_tokens
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(vllm_before("0.32"), reason="vLLM's speculation does not run on CPUs"),
+]
 
 DRAFTED = 3
 NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTED, "prompt_lookup_max": 2, "prompt_lookup_min": 1}

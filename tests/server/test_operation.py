@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from pifa_vllm.checkpoint import Shards, read_json
+from tests.release import vllm_before
 from tests.server.serving import Server, assert_openai_error, chat
 
 pytestmark = pytest.mark.vllm
@@ -29,7 +30,7 @@ def pair(checkpoint, tmp_path_factory):
         tmp_path_factory.mktemp("log") / "server.log",
         *("--api-server-count", "2", "--tensor-parallel-size", "2", "--max-model-len", "512"),
         *("--api-key", KEY["Authorization"].removeprefix("Bearer ")),
-        *("--logging-config.formatter", "json"),
+        *(() if vllm_before("0.32") else ("--logging-config.formatter", "json")),
         *("--server.max-concurrent-requests", "64", "--server.request-timeout", "20"),
         *("--server.body-timeout", "2", "--server.ready-interval", "1000"),
         PIFA_SERVER_DRAIN_TIMEOUT="20",
@@ -109,6 +110,7 @@ def test_metrics_are_those_of_all_ranks(pair, checkpoint):
     assert metrics.total("pifa_process_resident_bytes", role="worker") > 200e6
 
 
+@pytest.mark.skipif(vllm_before("0.32"), reason="--logging-config.formatter is new in 0.32")
 def test_logs_are_json_with_ids_and_without_prompts(pair):
     assert post(pair, user="x").headers["x-request-id"]
     sent = {**KEY, "X-Request-Id": "an-id-of-the-client"}
