@@ -124,7 +124,7 @@ def test_a_run(models, tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
         )
         # The second time there is nothing left to measure.
         for _ in range(2)
