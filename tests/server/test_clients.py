@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.release import vllm_before
+
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
@@ -106,7 +108,9 @@ def test_tools(client, checkpoint):
     )
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "weather"
-    assert json.loads(call.function.arguments)["unit"] in ("C", "F")
+    arguments = json.loads(call.function.arguments)
+    # Older ones hold the model to JSON, and to the tool's schema from --tool-strict-level on.
+    assert vllm_before("0.32") or arguments["unit"] in ("C", "F")
 
 
 def test_errors_are_the_clients_exceptions(client):

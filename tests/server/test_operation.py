@@ -58,16 +58,16 @@ def logged(server):
 
 def test_the_key_guards_the_running_server(pair):
     for path in ("/metrics", "/v1/models", "/pifa/info", "/dashboard", "/docs", "/openapi.json", "/load"):
-        assert_openai_error(httpx.get(f"{pair.url}{path}"), 401, "API key")
-        assert httpx.get(f"{pair.url}{path}", headers=KEY).status_code == 200
+        assert_openai_error(httpx.get(f"{pair.url}{path}", timeout=60), 401, "API key")
+        assert httpx.get(f"{pair.url}{path}", headers=KEY, timeout=60).status_code == 200
     assert_openai_error(chat(pair.url), 401)
     for path in ("/health", "/ready"):
-        assert httpx.get(f"{pair.url}{path}").status_code == 200
-    assert_openai_error(httpx.post(f"{pair.url}/scale_elastic_ep", headers=KEY), 404)
+        assert httpx.get(f"{pair.url}{path}", timeout=60).status_code == 200
+    assert_openai_error(httpx.post(f"{pair.url}/scale_elastic_ep", headers=KEY, timeout=60), 404)
     # What a browser sends after it has asked for the key.
-    page = httpx.get(f"{pair.url}/dashboard", auth=("me", "secret-of-the-test"))
+    page = httpx.get(f"{pair.url}/dashboard", auth=("me", "secret-of-the-test"), timeout=60)
     assert page.status_code == 200
-    models = httpx.get(f"{pair.url}/v1/models", auth=("me", "secret-of-the-test"))
+    models = httpx.get(f"{pair.url}/v1/models", auth=("me", "secret-of-the-test"), timeout=60)
     assert models.json()["data"][0]["id"] == "tiny"
 
 
@@ -127,7 +127,7 @@ def test_logs_are_json_with_ids_and_without_prompts(pair):
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert line["seconds"] > 0
     # An id that could forge a line of the log is replaced.
-    forged = httpx.get(f"{pair.url}/v1/models", headers={**KEY, "X-Request-Id": "a b{"})
+    forged = httpx.get(f"{pair.url}/v1/models", headers={**KEY, "X-Request-Id": "a b{"}, timeout=60)
     assert forged.headers["x-request-id"] != "a b{"
     text = pair.log.read_text()
     assert PROMPT not in text
