@@ -1,5 +1,6 @@
 """Every table of figures in the README is what its committed results give."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -54,3 +55,11 @@ def test_missing_rows_leave_empty_cells():
     lines = perplexity_table({"rows": rows}).splitlines()
     assert lines[0] == "| density | dense | SVD | `mpifa` |"
     assert lines[2:] == ["| 0.8 | 20.00 |  | 30.2 |", "| 0.5 | 20.00 | 2e+07 |  |"]
+
+
+def test_the_table_of_vllm_versions_is_the_committed_one(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    matrix = importlib.import_module("matrix")
+    results = json.loads((RESULTS / "vllm-versions.json").read_text())
+    assert results["command"].startswith("make test-matrix")
+    assert matrix.table(results["versions"]) in (ROOT / "pifa_vllm/plugin/README.md").read_text()
