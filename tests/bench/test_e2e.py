@@ -207,6 +207,18 @@ def test_real_models_have_no_stand_in(tmp_path):
         real_models(parse_servers("lowrank-float32"), tmp_path, tmp_path)
 
 
+def test_dense_models_are_served_by_vllm_without_plugins(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    def variables(name):
+        (way,) = parse_servers(name)
+        options = {"kv_cache_bytes": 1, "flags": [], "environment": way.environment}
+        return Server(way.name, tmp_path, way.dtype, tmp_path / "log", **options).environment
+
+    assert variables("dense-float32")["VLLM_PLUGINS"] == ""
+    assert "VLLM_PLUGINS" not in variables("pifa-float32")
+
+
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):
     pytest.importorskip("vllm")
     options = {"kv_cache_bytes": 1, "flags": [], "environment": {}}
