@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "decode.h"
+#include "dot_blocks.h"
 #include "prefill.h"
 
 namespace pifa {
@@ -60,10 +61,10 @@ void run(const Layer<W>& layer, const at::Tensor& x, at::Tensor& y) {
   else if (tokens == 2) few(DotRows<W, 2>{});
   else if (tokens == 3) few(DotRows<W, 3>{});
   else if (tokens == 4) few(DotRows<W, 4>{});
-  else if (tokens <= kLanes) few(PanelRows<W, 1>{});
-  else if (tokens <= 2 * kLanes) few(PanelRows<W, 2>{});
-  else
-    prefill(layer, in, out, tokens, scratch, threads);
+  else if (tokens > kLanes) prefill<2>(layer, in, out, tokens, scratch, threads);
+  // Between them, floats are best broadcast from where they lie; bfloat16 would have to be copied first.
+  else if (sizeof(W) == sizeof(bfloat16)) few(DotBlocks<W>{});
+  else prefill<1>(layer, in, out, tokens, scratch, threads);
 }
 
 template <typename W>

@@ -37,6 +37,14 @@ def test_every_number_of_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [5, 8, 11, 40])
+def test_rows_and_features_beyond_one_block(tokens, dtype):
+    layer = Layer.random([530, 601], [1111, 640], 1237, dtype, with_bias=True)
+    x = torch.randn(tokens, 1237).to(dtype)
+    check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rank", "m", "n"), [(3, 20, 1411), (1301, 1311, 1411), (640, 648, 640), (1280, 1283, 1280)]
 )
@@ -47,7 +55,7 @@ def test_one_token_and_rows_around_the_length_that_counts_as_short(rank, m, n, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 5, 16, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16, 40])
 def test_no_output_and_no_scratch_is_left_unwritten(tokens, dtype):
     """With deterministic algorithms on, torch fills what it hands out with NaN."""
     layer = Layer.random([50, 5], [123, 5], 77, dtype)
@@ -61,10 +69,11 @@ def test_no_output_and_no_scratch_is_left_unwritten(tokens, dtype):
     check(y, layer.expected(x), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 6, 20])
-def test_nan_and_infinity_stay_with_their_token(tokens):
-    layer = Layer.random([50], [123], 77)
-    x = torch.randn(tokens, 77)
+def test_nan_and_infinity_stay_with_their_token(tokens, dtype):
+    layer = Layer.random([50], [123], 77, dtype)
+    x = torch.randn(tokens, 77).to(dtype)
     clean = pifa_linear(x, *layer.arguments())
     x[1, 5] = float("nan")
     y = pifa_linear(x, *layer.arguments())
@@ -73,11 +82,12 @@ def test_nan_and_infinity_stay_with_their_token(tokens):
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 7])
-@pytest.mark.parametrize("tokens", [3, 16, 50])
-def test_the_number_of_threads_does_not_change_the_result(tokens, threads):
-    layer = Layer.random([50, 31], [123, 64], 77)
-    x = torch.randn(tokens, 77)
+@pytest.mark.parametrize("tokens", [3, 7, 16, 50])
+def test_the_number_of_threads_does_not_change_the_result(tokens, threads, dtype):
+    layer = Layer.random([50, 31], [123, 64], 77, dtype)
+    x = torch.randn(tokens, 77).to(dtype)
     before = torch.get_num_threads()
     expected = pifa_linear(x, *layer.arguments())
     try:
