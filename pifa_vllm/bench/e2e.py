@@ -158,12 +158,13 @@ def e2e(
     *,
     model: dict[str, Any],
     rounds: int,
+    starts: int,
     kv_cache_bytes: int,
     flags: list[str],
     command: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Serve, send, and write what was measured after every workload.
+    """Serve, send, and write what was measured after every start by itself and every workload.
 
     Args:
         served: at least one; ratios are against the first.
@@ -172,6 +173,7 @@ def e2e(
         work_dir: for the servers' logs.
         model: what the results say of the model; the same in every run of one results file.
         rounds: how often each server gets each workload.
+        starts: how often each server is started at least, A B A B, the earlier times with no other one up.
         kv_cache_bytes: memory for each server's KV cache.
         flags: further flags of `vllm serve`, for all servers.
         command: the command line, for the record.
@@ -187,41 +189,54 @@ def e2e(
     names = [x.way.name for x in served]
     done = [(cell["servers"], cell["workload"]) for cell in results["cells"]]
     wanted = [w for w in workloads if (names, w.to_dict()) not in done]
-    if not wanted:
+    missing = starts - min(len(results["servers"].get(name, {}).get("starts", [])) for name in names)
+    if not wanted and missing <= 0:
         return results
     results["commands"].append(command)
     results["machine"] = describe_machine() | {"vllm": _vllm_version(), "settings": settings()}
     # The same for most workloads, or vLLM would compile anew for each.
     config = read_json(served[0].directory / "config.json")
     usual = min(_MAX_MODEL_LEN, config.get("max_position_embeddings", _MAX_MODEL_LEN))
-    longest = max(usual, *(w.input_len + w.output_len for w in wanted))
+    longest = max([usual, *(w.input_len + w.output_len for w in wanted)])
     vocab_size = int(config["vocab_size"])
 
-    with contextlib.ExitStack() as stack:
-        servers = []
-        # One after another: the time that a start takes is one of the results.
+    def start(x: Served, stack: contextlib.ExitStack) -> Server:
+        server = Server(
+            x.way.name,
+            x.directory,
+            x.way.dtype,
+            work_dir / f"{x.way.name}.log",
+            kv_cache_bytes=kv_cache_bytes,
+            flags=["--max-model-len", str(longest), *flags],
+            environment=x.way.environment,
+        )
+        stack.enter_context(server)
+        server.wait_until_ready()
+        about = results["servers"].setdefault(x.way.name, {"starts": []})
+        about["starts"].append(server.start)
+        about["weights"] = weight_bytes(x.directory, x.way.dtype)
+        about["memory"] = server.memory()
+        say(f"{x.way.name}: ready after {server.start['seconds']:.1f} s")
+        return server
+
+    def save() -> None:
+        replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+    # One after another: the time that a start takes is one of the results.
+    for _ in range(missing - bool(wanted)):
         for x in served:
-            server = Server(
-                x.way.name,
-                x.directory,
-                x.way.dtype,
-                work_dir / f"{x.way.name}.log",
-                kv_cache_bytes=kv_cache_bytes,
-                flags=["--max-model-len", str(longest), *flags],
-                environment=x.way.environment,
-            )
-            servers.append(stack.enter_context(server))
-            server.wait_until_ready()
-            results["servers"].setdefault(x.way.name, {"starts": []})["starts"].append(server.start)
-            say(f"{x.way.name}: ready after {server.start['seconds']:.1f} s")
+            with contextlib.ExitStack() as alone:
+                start(x, alone)
+            save()
+    with contextlib.ExitStack() as stack:
+        servers = [start(x, stack) for x in served if wanted]
         for workload in wanted:
             cell: dict[str, Any] = {"servers": names, "workload": workload.to_dict()}
             cell["rounds"] = _measure(servers, workload, rounds, vocab_size, say)
             results["cells"].append(cell)
-            for x, server in zip(served, servers, strict=True):
-                results["servers"][x.way.name]["weights"] = weight_bytes(x.directory, x.way.dtype)
-                results["servers"][x.way.name]["memory"] = server.memory()
-            replace_text(output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+            for server in servers:
+                results["servers"][server.name]["memory"] = server.memory()
+            save()
     return results
 
 

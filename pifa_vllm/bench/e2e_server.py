@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ _SETTINGS = ("VLLM_", "OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "CUDA_VISIBLE_DEVIC
 
 
 class Server(ServerProcess):
-    """A server that is measured.
+    """A server that is measured; it reads its weights from the disk, whether they were read before or not.
 
     Attributes:
         start: {"seconds": from the start of the process until it is healthy, "weights_seconds": of these, what
@@ -50,12 +50,19 @@ class Server(ServerProcess):
     ) -> None:
         self.name = name
         self.start: dict[str, float | None] = {}
+        self._directory = directory
         self._kv_cache_bytes = kv_cache_bytes
         own = ["--served-model-name", name, "--dtype", str(dtype).removeprefix("torch.")]
         # A prompt that was seen before must cost what it cost the first time.
         own += ["--kv-cache-memory-bytes", str(kv_cache_bytes), "--no-enable-prefix-caching"]
         title = f"the server {name}"
         super().__init__(directory, free_port(), log, [*own, *flags], name=title, environment=environment)
+
+    def __enter__(self) -> Self:
+        """Start; it is not ready yet."""
+        for file in sorted(self._directory.glob("*.safetensors")):
+            _forget_pages(file)
+        return super().__enter__()
 
     def wait_until_ready(self) -> None:
         """Return when it is healthy, and note how long that took.
@@ -114,6 +121,13 @@ class Server(ServerProcess):
 def settings() -> dict[str, str]:
     """The environment variables that every server inherits and that change how it runs."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)}
+
+
+def _forget_pages(file: Path) -> None:
+    """Drop what the system holds of a file in memory, so that the next one to read it waits for the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())  # pages that are not on the disk yet are not dropped
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _peak_rss(pid: int) -> int:

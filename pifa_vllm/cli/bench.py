@@ -100,6 +100,7 @@ def _add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )
     add("--num-prompts", type=int, metavar="N", help="requests per round (default: those in flight)")
     add("--rounds", type=int, default=5, help="(default: %(default)s)")
+    add("--starts", type=int, default=1, help="of every server, to time loading (default: %(default)s)")
     add("--shape", default="1b", help="of the random model: 1b (TinyLlama's) or tiny (default: %(default)s)")
     add("--density", type=float, default=0.5, help="of the random PIFA model (default: %(default)s)")
     add("--dense", type=Path, metavar="DIR", help="a real dense model, in place of a random one")
@@ -198,7 +199,7 @@ def run_e2e(args: argparse.Namespace) -> int:
 
     servers = parse_servers(args.servers)
     workloads = [Workload.parse(x, args.num_prompts) for x in args.workloads.split(",")]
-    for option in ("rounds", "num_prompts", "kv_cache_gib"):
+    for option in ("rounds", "starts", "num_prompts", "kv_cache_gib"):
         if (value := getattr(args, option)) is not None and value <= 0:
             raise PifaError(f"--{option.replace('_', '-')}: expected a number above 0, found {value:g}.")
     if (args.dense is None) != (args.pifa is None):
@@ -218,6 +219,7 @@ def run_e2e(args: argparse.Namespace) -> int:
         args.work_dir,
         model=model,
         rounds=args.rounds,
+        starts=args.starts,
         kv_cache_bytes=int(args.kv_cache_gib * 2**30),
         flags=args.extra,
         command=command_line(sys.argv),

@@ -1,6 +1,7 @@
 """The end-to-end benchmark once on models too small to say anything, and everything around it without a server."""
 
 import json
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +26,8 @@ class StubServer:
     """A server that is ready at once."""
 
     started: ClassVar[list[tuple[str, dict[str, str], list[str]]]] = []
+    up: ClassVar[list[str]] = []
+    beside: ClassVar[list[list[str]]] = []
 
     def __init__(self, name, directory, dtype, log, *, kv_cache_bytes, flags, environment):
         self.name, self.url = name, f"http://{name}"
@@ -33,10 +36,12 @@ class StubServer:
 
     def __enter__(self):
         self.started.append((self.name, self.environment, self.flags))
+        self.beside.append(list(self.up))
+        self.up.append(self.name)
         return self
 
     def __exit__(self, *_):
-        pass
+        self.up.remove(self.name)
 
     def wait_until_ready(self):
         pass
@@ -51,6 +56,15 @@ class StubServer:
             "kv_cache_bytes": self.kv_cache_bytes,
             "kv_cache_tokens": self.kv_cache_bytes // 1000,
         }
+
+
+class StoppedProcess:
+    """A process that has ended."""
+
+    returncode = 0
+
+    def poll(self):
+        return 0
 
 
 @pytest.fixture
@@ -72,13 +86,14 @@ def sent(monkeypatch):
     monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(module, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(module, "Server", StubServer)
-    monkeypatch.setattr(StubServer, "started", [])
+    for name in ("started", "up", "beside"):
+        monkeypatch.setattr(StubServer, name, [])
     return calls
 
 
 def measure(tmp_path, workloads, servers="dense-float32,pifa-float32", **options):
     served, model = random_models(parse_servers(servers), "tiny", 0.5, tmp_path)
-    settings = {"model": model, "rounds": 3, "kv_cache_bytes": 10**6, "flags": ["--seed", "1"]}
+    settings = {"model": model, "rounds": 3, "starts": 1, "kv_cache_bytes": 10**6, "flags": ["--seed", "1"]}
     output = tmp_path / "results.json"
     parsed = [Workload.parse(x) for x in workloads]
     return e2e(
@@ -149,6 +164,40 @@ def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, 
     assert len(measure(tmp_path, ["64/1/1"], model={"name": "other"})["cells"]) == 1
 
 
+def test_starts_alternate_with_no_other_server_up(tmp_path, sent):
+    results = measure(tmp_path, ["16/8/2"], starts=3)
+    assert [name for name, _, _ in StubServer.started] == ["dense-float32", "pifa-float32"] * 3
+    # Those that get the requests stay up together.
+    assert StubServer.beside == [[], [], [], [], [], ["dense-float32"]]
+    assert StubServer.up == []
+    assert [len(server["starts"]) for server in results["servers"].values()] == [3, 3]
+    # Starts alone can be asked for more of.
+    sent.clear()
+    again = measure(tmp_path, ["16/8/2"], starts=4)
+    assert sent == []
+    assert [len(server["starts"]) for server in again["servers"].values()] == [4, 4]
+    assert json.loads((tmp_path / "results.json").read_text()) == again
+    assert "16 in" in speed_table(again)
+    assert "| pifa-float32 |" in memory_table(again)
+
+
+def test_a_server_finds_nothing_of_its_weights_in_memory(tmp_path, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(
+        "os.posix_fadvise", lambda fd, *about: forgotten.append((os.readlink(f"/proc/self/fd/{fd}"), *about))
+    )
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda *_, **__: pytest.fail("started") if not forgotten else StoppedProcess()
+    )
+    for name in ("a.safetensors", "b.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(b"1")
+    options = {"kv_cache_bytes": 1, "flags": [], "environment": {}}
+    with Server("a", tmp_path, torch.float32, tmp_path / "log", **options):
+        pass
+    drop = (0, 0, os.POSIX_FADV_DONTNEED)
+    assert forgotten == [(str(tmp_path / name), *drop) for name in ("a.safetensors", "b.safetensors")]
+
+
 def test_eager_servers_compile_nothing(tmp_path, sent):
     measure(tmp_path, ["16/8/2"], servers="pifa-float32,pifa-float32-eager")
     _, (name, environment, _) = StubServer.started
@@ -192,6 +241,7 @@ def test_tables_and_plot(tmp_path, sent):
         (["--workloads", "32/32"], "--workloads: expected INPUT/OUTPUT/CONCURRENCY"),
         (["--workloads", "32/0/1"], "found '32/0/1'"),
         (["--rounds", "0"], "--rounds: expected a number above 0, found 0"),
+        (["--starts", "0"], "--starts: expected a number above 0, found 0"),
         (["--shape", "7b"], "--shape: expected one of 1b, tiny, found '7b'"),
         (["--density", "1.5"], "--density: expected numbers in (0, 1], found 1.5"),
         (["--dense", "somewhere"], "--dense and --pifa: expected both or neither"),
