@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import signal
 import sys
 from pathlib import Path
 
+from pifa_vllm.cli.bench_e2e import add_e2e
+from pifa_vllm.cli.bench_options import densities_of, plot_file
 from pifa_vllm.cli.bench_speculative import add_speculative
 
 _EPILOG = """\
@@ -44,9 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--density", default="0.5", help="(default: %(default)s)")
     add("--dtype", default="float32,bfloat16", help="(default: %(default)s)")
     add("--output", type=Path, required=True, metavar="JSON", help="results")
-    add("--plot", type=_plot, metavar="SVG", help="draw the speed-ups")
+    add("--plot", type=plot_file, metavar="SVG", help="draw the speed-ups")
     layer.set_defaults(run=run_layer)
-    _add_e2e(kinds)
+    add_e2e(kinds)
     add_speculative(kinds)
     gpu = kinds.add_parser("gpu", help="check the Triton kernels on this machine's GPU, and time its layers")
     gpu.add_argument("--output", type=Path, default=Path("gpu-check.json"), metavar="JSON", help="results")
@@ -67,49 +67,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     table.set_defaults(run=run_table)
 
 
-def _add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    e2e = kinds.add_parser(
-        "e2e",
-        help="dense and PIFA checkpoints served by vLLM side by side, under the same requests in turn",
-        description="Serve checkpoints of one model by vLLM and send the same requests to each in turn. Without "
-        "--dense and --pifa, the model is a LLaMA of random weights.",
-        epilog="Options that `bench e2e` does not know go to every server, such as --enforce-eager.",
-    )
-    add = e2e.add_argument
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="JSON",
-        help="results; what they have is not measured again",
-    )
-    add("--work-dir", type=Path, required=True, metavar="DIR", help="for random checkpoints, and logs")
-    add(
-        "--servers",
-        default="dense-float32,pifa-float32,pifa-bfloat16",
-        metavar="FORM-DTYPE,...",
-        help="dense, pifa, or lowrank (a PIFA checkpoint as large as plain low rank of PIFA's rank), each with a "
-        "dtype, and -eager to serve it as the CPU image does; all are up at once, and compared with the first "
-        "(default: %(default)s)",
-    )
-    add(
-        "--workloads",
-        default="32/32/1,32/32/8,1024/1/1",
-        metavar="IN/OUT/CONCURRENCY,...",
-        help="tokens per prompt, generated tokens, requests in flight (default: %(default)s)",
-    )
-    add("--num-prompts", type=int, metavar="N", help="requests per round (default: those in flight)")
-    add("--rounds", type=int, default=5, help="(default: %(default)s)")
-    add("--starts", type=int, default=1, help="of every server, to time loading (default: %(default)s)")
-    add("--shape", default="1b", help="of the random model: 1b (TinyLlama's) or tiny (default: %(default)s)")
-    add("--density", type=float, default=0.5, help="of the random PIFA model (default: %(default)s)")
-    add("--dense", type=Path, metavar="DIR", help="a real dense model, in place of a random one")
-    add("--pifa", type=Path, metavar="DIR", help="its PIFA checkpoint")
-    add("--kv-cache-gib", type=float, default=1.0, help="for each server (default: %(default)s)")
-    add("--plot", type=_plot, metavar="SVG", help="draw the ratios")
-    e2e.set_defaults(run=run_e2e, accepts_extra=True)
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
     from pifa_vllm.bench.quality import VARIANTS, quality
@@ -121,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise PifaError(
             f"--variants: expected some of {', '.join(VARIANTS)}, found {', '.join(sorted(unknown))}."
         )
-    densities = _densities("--densities", args.densities)
+    densities = densities_of("--densities", args.densities)
     quality(
         args.model,
         args.text,
@@ -159,7 +116,7 @@ def run_layer(args: argparse.Namespace) -> int:
             shapes += SHAPES[name]
         else:
             raise PifaError(f"--shapes: expected sizes or some of {', '.join(SHAPES)}, found {name!r}.")
-    densities = _densities("--density", args.density)
+    densities = densities_of("--density", args.density)
     if not all(x.isdecimal() and int(x) > 0 for x in args.tokens.split(",")):
         raise PifaError(f"--tokens: expected numbers of 1 or more and commas, found {args.tokens!r}.")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -189,48 +146,6 @@ def run_layer(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_e2e(args: argparse.Namespace) -> int:
-    """Serve, measure and write."""
-    from pifa_vllm.bench.e2e import e2e, parse_servers, random_models, real_models
-    from pifa_vllm.bench.e2e_load import Workload
-    from pifa_vllm.bench.e2e_report import memory_table, plot, speed_table
-    from pifa_vllm.cli.compress import command_line
-    from pifa_vllm.errors import PifaError
-
-    servers = parse_servers(args.servers)
-    workloads = [Workload.parse(x, args.num_prompts) for x in args.workloads.split(",")]
-    for option in ("rounds", "starts", "num_prompts", "kv_cache_gib"):
-        if (value := getattr(args, option)) is not None and value <= 0:
-            raise PifaError(f"--{option.replace('_', '-')}: expected a number above 0, found {value:g}.")
-    if (args.dense is None) != (args.pifa is None):
-        raise PifaError("--dense and --pifa: expected both or neither, found one of them.")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    # SIGTERM ends the process without a word to the servers, unless it is made an exception.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if args.dense:
-        served, model = real_models(servers, args.dense, args.pifa)
-    else:
-        (density,) = _densities("--density", str(args.density))
-        served, model = random_models(servers, args.shape, density, args.work_dir)
-    results = e2e(
-        served,
-        workloads,
-        args.output,
-        args.work_dir,
-        model=model,
-        rounds=args.rounds,
-        starts=args.starts,
-        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
-        flags=args.extra,
-        command=command_line(sys.argv),
-        say=lambda line: print(line, flush=True),
-    )
-    if args.plot:
-        plot(results, args.plot)
-    print(speed_table(results), memory_table(results), sep="\n\n")
-    return 0
-
-
 def run_gpu(args: argparse.Namespace) -> int:
     """Check and time on the GPU."""
     from pifa_vllm.bench.gpu_check import gpu_check
@@ -252,7 +167,7 @@ def run_ranks(args: argparse.Namespace) -> int:
         raise PifaError(
             f"--models: expected some of {', '.join(SHAPES)}, found {', '.join(sorted(unknown))}."
         )
-    (density,) = _densities("--density", args.density)
+    (density,) = densities_of("--density", args.density)
     found = results(models, density, command_line(sys.argv))
     replace_text(args.output, json.dumps(found, indent=1) + "\n")
     print(*(f"{model}\n\n{share_table(found, model)}" for model in models), sep="\n\n")
@@ -273,26 +188,6 @@ def run_cubins(args: argparse.Namespace) -> int:
 
     cubins(args.output, say=lambda line: print(line, flush=True))
     return 0
-
-
-def _plot(text: str) -> Path:
-    # Now, not after an hour of measuring.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("needs matplotlib (pip install 'pifa-vllm[bench]')")
-    return Path(text)
-
-
-def _densities(option: str, text: str) -> list[float]:
-    from pifa_vllm.errors import PifaError
-
-    try:
-        densities = [float(x) for x in text.split(",")]
-    except ValueError as error:
-        raise PifaError(f"{option}: expected numbers and commas, found {text!r}.") from error
-    for density in densities:
-        if not 0.0 < density <= 1.0:
-            raise PifaError(f"{option}: expected numbers in (0, 1], found {density:g}.")
-    return densities
 
 
 def run_table(args: argparse.Namespace) -> int:
