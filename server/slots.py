@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from pifa_vllm_server.errors import RefusedError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 if TYPE_CHECKING:
     from pifa_vllm_server.metrics import ServerMetrics
@@ -73,6 +75,12 @@ class Slots:
                 self._metrics.ready.set(0)
                 while self.active and time.monotonic() < deadline:
                     time.sleep(_POLL_SECONDS)
+                logging.getLogger("vllm.v1.engine.async_llm").addFilter(_is_no_dead_engine)
             stop(timeout=max(deadline - time.monotonic(), _ENGINE_SECONDS), **kwargs)
 
         engine.shutdown = drain_and_stop
+
+
+def _is_no_dead_engine(record: logging.LogRecord) -> bool:
+    """Whether to log it: vLLM reports an engine that was stopped as one that died, with a traceback."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], EngineDeadError)

@@ -90,9 +90,7 @@ class Demo:
     def chat(self, server: Server, prompt: str, *, forever: bool) -> None:
         """Send a chat request when the server is ready; with `forever`, return when Ctrl-C is pressed."""
         server.wait_until_ready()
-        self.console.print(
-            f"\nready at {server.url} after {server.seconds_to_ready:.0f} s; asking: [b]{prompt}[/b]"
-        )
+        self.console.print(f"\nready at {server.url}; asking: [b]{prompt}[/b]")
         answer = ask(server.url, server.model, prompt)
         self.console.print(answer.text, markup=False)
         self.console.print(
