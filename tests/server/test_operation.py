@@ -177,5 +177,3 @@ def test_sigterm_lets_running_requests_finish(pair):
     assert sum(line.startswith("data: {") for line in rest) > 90
     stopping.join(120)
     assert codes == [0]
-    # To vLLM, an engine that was stopped is one that died.
-    assert "EngineDeadError" not in pair.log.read_text()
