@@ -164,18 +164,21 @@ def test_rounds_alternate_and_what_was_measured_is_not_measured_again(tmp_path, 
     assert len(measure(tmp_path, ["64/1/1"], model={"name": "other"})["cells"]) == 1
 
 
-def test_starts_alternate_with_no_other_server_up(tmp_path, sent):
+def test_starts_alternate_with_no_other_server_up(tmp_path, sent, monkeypatch):
     results = measure(tmp_path, ["16/8/2"], starts=3)
     assert [name for name, _, _ in StubServer.started] == ["dense-float32", "pifa-float32"] * 3
     # Those that get the requests stay up together.
     assert StubServer.beside == [[], [], [], [], [], ["dense-float32"]]
     assert StubServer.up == []
     assert [len(server["starts"]) for server in results["servers"].values()] == [3, 3]
-    # Starts alone can be asked for more of.
+    # Starts alone can be asked for more of; memory stays that of servers which answered requests.
     sent.clear()
+    measured = [server["memory"] for server in results["servers"].values()]
+    monkeypatch.setattr(StubServer, "memory", lambda self: {})
     again = measure(tmp_path, ["16/8/2"], starts=4)
     assert sent == []
     assert [len(server["starts"]) for server in again["servers"].values()] == [4, 4]
+    assert [server["memory"] for server in again["servers"].values()] == measured
     assert json.loads((tmp_path / "results.json").read_text()) == again
     assert "16 in" in speed_table(again)
     assert "| pifa-float32 |" in memory_table(again)
