@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 Checkpoint.open(Path(name)).verify()
         message = " ".join(str(error).split())
         raise PifaError(
-            f"{model}: vLLM did not start ({type(error).__name__}: {message}). Where an engine process "
-            "failed, its own message stands above in the log."
+            f"{model}: vLLM did not start ({type(error).__name__}: {message}). {where_to_look(model)}"
         ) from error
     return 0
 
@@ -191,6 +190,15 @@ def check_model(model: str) -> bool:
         return False
     Checkpoint.open(directory).check_pivot_rows()
     return True
+
+
+def where_to_look(model: str) -> str:
+    """Say where to look after vLLM did not start."""
+    if not Path(model).is_dir():
+        return (
+            f"There is no directory {Path(model).absolute()}, so this was taken for a model's name on a hub."
+        )
+    return "Where an engine process failed, its own message stands above in the log."
 
 
 def check_tensor_parallel_size(directory: Path, size: int) -> None:

@@ -7,7 +7,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pifa_vllm.cli import main
-from pifa_vllm.cli.serve import banner, check_model, check_tensor_parallel_size, draft_flags
+from pifa_vllm.cli.serve import (
+    banner,
+    check_model,
+    check_tensor_parallel_size,
+    draft_flags,
+    where_to_look,
+)
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from tests.edit import copy_edited
 from tests.pifa_tiny import save_pifa_twin
@@ -41,6 +47,14 @@ def test_dense_models_and_hub_names_pass(tmp_path):
         check_model(str(tmp_path / "empty"))
     check_model(str(save_tiny_model(tmp_path / "dense")))
     check_model("someone/some-model")
+
+
+def test_a_name_that_is_no_directory_is_said_to_be_none(tmp_path, monkeypatch):
+    """Without a network, all that is heard of a mistyped directory is that a hub cannot be reached."""
+    monkeypatch.chdir(tmp_path)
+    assert f"There is no directory {tmp_path / 'smolm'}," in where_to_look("smolm")
+    (tmp_path / "smolm").mkdir()
+    assert "in the log" in where_to_look("smolm")
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch, capsys):
