@@ -78,6 +78,14 @@ class ServerProcess:
         """Of the process that was started, vLLM's API server."""
         return self._process.pid
 
+    def suspend(self) -> None:
+        """Halt all of its processes where they are, so that they take no time from others."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def wait_until_ready(self) -> None:
         """Return when it is healthy.
 
@@ -130,6 +138,7 @@ class ServerProcess:
     def _stop(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+            self.resume()
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:

@@ -15,9 +15,10 @@ import uuid
 from pifa_vllm_server.errors import RefusedError
 from pifa_vllm_server.exchange import Exchange
 from pifa_vllm_server.limits import ClientGoneError, check_body, check_headers, read_body
-from pifa_vllm_server.logs import log_request
+from pifa_vllm_server.logs import POLLED, log_request
 from pifa_vllm_server.routes import routes
 from pifa_vllm_server.state import ServerState, open_state
+from pifa_vllm_server.tools import check_tools
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -74,7 +75,7 @@ class PIFAServer:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
             headers["x-request-id"] = request_id
-        exchange = Exchange(receive, send, request_id, state.settings.send_timeout)
+        exchange = Exchange(receive, send, request_id)
         try:
             await self._admit(state, scope, headers, exchange, receive)
         except RefusedError as refusal:
@@ -84,6 +85,8 @@ class PIFAServer:
         finally:
             if exchange.refusal is not None:
                 state.metrics.rejected.labels(exchange.refusal.reason).inc()
+            if scope["path"] not in POLLED:
+                state.metrics.responses.labels(str(int(exchange.outcome))).inc()
             log_request(scope, exchange, request_id, time.perf_counter() - began)
 
     async def _admit(
@@ -99,7 +102,7 @@ class PIFAServer:
             return
         with state.slots.take():
             body = await read_body(receive, settings)
-            check_body(body, settings)
+            await check_tools(check_body(body, settings).get("tools"))
             await exchange.run(self.app, scope, body, settings.request_timeout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import cast
 
@@ -10,8 +11,23 @@ from pifa_vllm_server.errors import RefusedError, openai_shaped
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# nginx's number for a client that closed the connection.
+CLIENT_CLOSED = 499
 # For the app to return after it was told that its client is gone.
 _LAST_SECONDS = 5.0
+# Where the HTTP server puts the `Connection` into a request's scope.
+CONNECTION = "pifa.connection"
+
+
+@dataclass
+class Connection:
+    """What the HTTP server knows of a request's connection.
+
+    Attributes:
+        refusal: why the server closed it, None if it did not.
+    """
+
+    refusal: RefusedError | None = None
 
 
 class Exchange:
@@ -27,13 +43,12 @@ class Exchange:
         client_gone: whether the client closed the connection before the end.
     """
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, send_timeout: float) -> None:
+    def __init__(self, receive: Receive, send: Send, request_id: str) -> None:
         self.status: int | None = None
         self.refusal: RefusedError | None = None
         self.client_gone = False
         self._receive, self._send = receive, send
         self._request_id = request_id.encode()
-        self._send_timeout = send_timeout
         self._body: bytes | None = None
         self._streams = self._complete = False
         self._waiting: set[asyncio.Future[Message]] = set()
@@ -66,8 +81,17 @@ class Exchange:
         finally:
             for timer in timers:
                 timer.cancel()
+        if self.refusal is None and CONNECTION in scope:
+            self.refusal = scope[CONNECTION].refusal
         if self.refusal is not None:
             await self.refuse(self.refusal)
+
+    @property
+    def outcome(self) -> int:
+        """The HTTP status that tells what became of the request, also where another one had been sent before."""
+        if self.client_gone:
+            return CLIENT_CLOSED
+        return self.refusal.status if self.refusal else self.status or HTTPStatus.INTERNAL_SERVER_ERROR
 
     def give_up(self, refusal: RefusedError) -> None:
         """Tell the app that its client is gone; `run` answers with the refusal when the app has returned."""
@@ -82,7 +106,7 @@ class Exchange:
             return
         if self.status is None:
             await refusal.response()({"type": "http"}, self._receive, self._pass_on)
-        elif self._streams and refusal.reason != "slow_client":
+        elif self._streams:
             await self._pass_on({"type": "http.response.body", "body": refusal.event(), "more_body": False})
 
     async def _receive_for_app(self) -> Message:
@@ -137,11 +161,4 @@ class Exchange:
                 headers.append((b"x-request-id", self._request_id))
         elif not message.get("more_body", False):
             self._complete = True
-        try:
-            async with asyncio.timeout(self._send_timeout):
-                await self._send(message)
-        except TimeoutError:
-            # What a client leaves unread stays in the engine's and the server's memory.
-            self._complete = False
-            text = f"The client read nothing for {self._send_timeout:g} s."
-            self.give_up(RefusedError(HTTPStatus.REQUEST_TIMEOUT, "slow_client", text))
+        await self._send(message)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from http import HTTPStatus
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
 from pifa_vllm_server.errors import RefusedError
 from pifa_vllm_server.settings import ServerSettings
-from pydantic_core import from_json
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+_INT = TypeAdapter(int)
 _MEDIA = frozenset({"image_url", "audio_url", "video_url", "input_audio", "file"})
 
 
@@ -76,55 +76,54 @@ async def read_body(receive: Receive, settings: ServerSettings) -> bytes:
         ) from None
 
 
-def check_body(body: bytes, settings: ServerSettings) -> None:
-    """Check n, best_of, the number of prompts, their length and the schemas of tools in a JSON body.
+def check_body(body: bytes, settings: ServerSettings) -> dict[str, Any]:
+    """Check n, best_of, the number of prompts and their length in a JSON body.
 
     Whatever else may be wrong with it, malformed JSON and wrong types included, is vLLM's to say.
+
+    Returns:
+        The request; nothing where the body is no JSON object.
 
     Raises:
         RefusedError: 400, naming the field.
     """
     try:
-        request: Any = from_json(body)
-    except ValueError:
-        return
+        # As FastAPI does: what another parser refuses would pass unseen here.
+        request: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
     if not isinstance(request, dict):
-        return
-    for field in ("n", "best_of"):
-        value = request.get(field)
-        if isinstance(value, int) and value > settings.max_n:
-            raise _bad("n", field, f"{field}: expected at most {settings.max_n}, found {value}.")
-    prompts = request.get("prompt")
-    if isinstance(prompts, list) and len(prompts) > settings.max_prompts and not isinstance(prompts[0], int):
-        raise _bad(
-            "n", "prompt", f"prompt: expected at most {settings.max_prompts} prompts, found {len(prompts)}."
-        )
-    _check_tools(request.get("tools"))
-    for field in ("prompt", "messages", "input", "system", "text_1", "text_2", "documents"):
-        length = text_length(request.get(field))
+        return {}
+    sampling = request.get("sampling_params")
+    for where in (request, sampling if isinstance(sampling, dict) else {}):
+        for field in ("n", "best_of"):
+            if (value := _as_int(where.get(field))) is not None and value > settings.max_n:
+                raise _bad("n", field, f"{field}: expected at most {settings.max_n}, found {value}.")
+    for field, single in (("prompt", int), ("messages", dict)):
+        items = request.get(field)
+        if (
+            isinstance(items, list)
+            and len(items) > settings.max_prompts
+            and not all(isinstance(item, single) for item in items)
+        ):
+            text = f"{field}: expected at most {settings.max_prompts} prompts, found {len(items)}."
+            raise _bad("n", field, text)
+    for field, value in request.items():
+        length = text_length(value)
         if length > settings.max_prompt_chars:
-            raise _bad(
-                "prompt",
-                field,
-                f"{field}: expected at most {settings.max_prompt_chars} characters, found {length}.",
-            )
+            text = f"{field}: expected at most {settings.max_prompt_chars} characters, found {length}."
+            raise _bad("prompt", field, text)
+    return request
 
 
-def _check_tools(tools: Any) -> None:
-    """Check that the parameters of tools are JSON schemas; vLLM takes what is none for no constraint."""
-    for i, tool in enumerate(tools if isinstance(tools, list) else ()):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        schema = function.get("parameters") if isinstance(function, dict) else None
-        if not isinstance(schema, dict):
-            continue
-        try:
-            Draft202012Validator.check_schema(schema)
-        except SchemaError as error:
-            field = f"tools[{i}].function.parameters"
-            where = ".".join(map(str, error.path)) or "the schema"
-            raise _bad(
-                "tools", field, f"{field}: expected a JSON schema, found {where} wrong: {error.message}."
-            ) from error
+def _as_int(value: Any) -> int | None:
+    """What vLLM's request makes of a value: "16" and 16.0 are numbers there, too."""
+    if value is None or type(value) is int:
+        return value
+    try:
+        return _INT.validate_python(value)
+    except ValidationError:
+        return None
 
 
 def text_length(value: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from pifa_vllm_server.exchange import CLIENT_CLOSED
 from starlette.types import Scope
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.pifa_vllm_server.requests")
 
 # What asks again and again, and is worth a line only when it fails.
-_POLLED = frozenset({"/health", "/metrics", "/pifa/info", "/ping", "/ready"})
-# nginx's number for a client that closed the connection.
-_CLIENT_CLOSED = 499
+POLLED = frozenset({"/health", "/metrics", "/pifa/info", "/ping", "/ready"})
 
 
 def log_request(scope: Scope, exchange: Exchange, request_id: str, seconds: float) -> None:
@@ -32,8 +31,8 @@ def log_request(scope: Scope, exchange: Exchange, request_id: str, seconds: floa
     """
     # As it came: a decoded path may contain newlines.
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
-    status = _CLIENT_CLOSED if exchange.client_gone else exchange.status or 0
-    level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
+    status = CLIENT_CLOSED if exchange.client_gone else exchange.status or 0
+    level = logging.DEBUG if scope["path"] in POLLED and status < 400 else logging.INFO
     if not logger.isEnabledFor(level):
         return
     client = scope.get("client")

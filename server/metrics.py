@@ -107,11 +107,19 @@ class ServerMetrics:
         self.rejected = Counter(
             "pifa_requests_rejected", "Requests refused or given up by the server's limits.", ["reason"]
         )
+        self.responses = Counter(
+            "pifa_responses",
+            "Answers as their clients saw them, by HTTP status: 499 if the client left before the end, 504 also "
+            "for a stream that was broken off. Probes, /metrics and /pifa/info are not counted.",
+            ["status"],
+        )
         # Series exist from the start, so that rates over them have a beginning.
         for outcome in ("ok", "failed"):
             self.probes.labels(outcome)
         for reason in REJECTIONS:
             self.rejected.labels(reason)
+        for status in ("200", "500", "503", "504"):
+            self.responses.labels(status)
         self.active.set(0)
         self.ready.set(0)
 

@@ -2,10 +2,11 @@
 
     python -m pifa_vllm_server.overhead DIR --output overhead.json
 
-Both servers are started before anything is measured and stay up; requests go to them in turn, so that whatever else
-slows the machine slows both. Bare vLLM is its own API server module with the same flags. Times tell little where
-the machine is shared: the CPU time that the API server's process takes for the same requests is what our layer adds
-to, and it hardly depends on what else runs.
+Both servers are started before anything is measured. Requests go to them in turn, so that whatever else slows the
+machine slows both, and the one that is not asked is halted. Bare vLLM is its own API server module with the same
+flags. Two starts of one and the same server differ, too, so both are started several times, and how the result
+varies from start to start tells how far it can be trusted. The CPU time that the API server's process takes for the
+same requests is what our layer adds to; it hardly depends on what else runs.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
+import operator
+import signal
 import statistics
+import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from pifa_vllm_server.cpu import set_cpu_defaults
 from pifa_vllm_server.launch import parse_arguments
 from pifa_vllm_server.model import versions
@@ -30,9 +35,9 @@ from pifa_vllm.bench.quality import describe_machine
 from pifa_vllm.served import ServerProcess, free_port
 
 _SERVERS = ("pifa-vllm", "vllm")
-_MEASURED = ("ttft_seconds", "request_cpu_seconds", "tokens_per_second", "round_cpu_seconds")
-# In its first second without a request, vLLM's processes still look for the next one all the time.
-_SETTLE_SECONDS = 1.5
+# What the server does for a request after its client has the last byte, such as logging it, belongs to it.
+_AFTERWARDS_SECONDS = 0.02
+_MEASURED = ("ttft_seconds", "request_cpu_seconds", "tokens_per_second", "token_cpu_seconds")
 
 
 def server(name: str, directory: Path, flags: list[str], log: Path) -> ServerProcess:
@@ -82,89 +87,115 @@ async def throughput(client: httpx.AsyncClient, url: str, at_once: int, tokens: 
     return at_once * tokens / (time.perf_counter() - began)
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """CPU time of a process so far, in steps of the kernel's clock, 10 ms as a rule."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process's threads so far, to the nanosecond, as Linux's scheduler counts it."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+@contextmanager
+def both_started(directory: Path, flags: list[str], ours_first: bool) -> Iterator[dict[str, ServerProcess]]:
+    """Start the two servers, one after the other, and halt them."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = {}
+        for name in sorted(_SERVERS, reverse=not ours_first):
+            running[name] = stack.enter_context(server(name, directory, flags, Path(folder) / f"{name}.log"))
+            running[name].wait_until_ready()
+            running[name].suspend()
+        yield running
 
 
 async def measure(
-    urls: dict[str, str],
-    processes: dict[str, psutil.Process],
-    rounds: int,
-    requests: int,
-    at_once: int,
-    tokens: int,
+    servers: dict[str, ServerProcess], turns: int, requests: int, rounds: int, at_once: int, tokens: int
 ) -> dict[str, dict[str, list[float]]]:
     """Ask the servers in turn.
 
     Args:
-        urls: by name of the server.
-        processes: the API servers', by name.
+        servers: by name, started and halted.
+        turns: of single requests, one after another.
+        requests: in each turn.
         rounds: of throughput.
-        requests: for the first token.
         at_once: requests together, for throughput.
         tokens: of each of those.
 
     Returns:
-        By name: ttft_seconds and request_cpu_seconds, one per request, tokens_per_second and round_cpu_seconds, one
-        per round; the same index was measured at about the same time.
+        By name: ttft_seconds (a turn's median) and request_cpu_seconds (its mean), one per turn; tokens_per_second
+        and token_cpu_seconds, one per round. The same index was measured at about the same time.
     """
-    found: dict[str, dict[str, list[float]]] = {name: {key: [] for key in _MEASURED} for name in urls}
+    found: dict[str, dict[str, list[float]]] = {name: {key: [] for key in _MEASURED} for name in servers}
     # A connection for each request: servers close idle ones after some seconds, as a request may be on its way.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        for url in urls.values():  # warm
-            await throughput(client, url, at_once, tokens, -1)
-        for i in range(requests):
-            # Each goes first as often as the other.
-            for name in sorted(urls, reverse=bool(i % 2)):
-                await asyncio.sleep(_SETTLE_SECONDS)
-                before = cpu_seconds(processes[name])
-                seconds = await first_token(client, urls[name], f"Question {i}: what is the capital of")
-                found[name]["request_cpu_seconds"].append(cpu_seconds(processes[name]) - before)
-                found[name]["ttft_seconds"].append(seconds)
+        for i in range(turns):
+            for name in _order(i):
+                async with _alone(servers[name], client):
+                    before = cpu_seconds(servers[name].pid)
+                    prompts = [f"Question {i}.{j}: what is the capital of" for j in range(requests)]
+                    seconds = [await first_token(client, servers[name].url, prompt) for prompt in prompts]
+                    await asyncio.sleep(_AFTERWARDS_SECONDS)
+                    spent = cpu_seconds(servers[name].pid) - before
+                found[name]["ttft_seconds"].append(statistics.median(seconds))
+                found[name]["request_cpu_seconds"].append(spent / requests)
         for i in range(rounds):
-            for name in sorted(urls, reverse=bool(i % 2)):
-                await asyncio.sleep(_SETTLE_SECONDS)
-                before = cpu_seconds(processes[name])
-                rate = await throughput(client, urls[name], at_once, tokens, i)
-                found[name]["round_cpu_seconds"].append(cpu_seconds(processes[name]) - before)
+            for name in _order(i):
+                async with _alone(servers[name], client):
+                    before = cpu_seconds(servers[name].pid)
+                    rate = await throughput(client, servers[name].url, at_once, tokens, i)
+                    await asyncio.sleep(_AFTERWARDS_SECONDS)
+                    spent = cpu_seconds(servers[name].pid) - before
                 found[name]["tokens_per_second"].append(rate)
+                found[name]["token_cpu_seconds"].append(spent / (at_once * tokens))
     return found
 
 
-def summarize(found: dict[str, dict[str, list[float]]], tokens_per_round: int) -> dict[str, Any]:
-    """Compare in pairs: medians of the differences between neighbours in time. CPU times, whose clock is coarse, by
-    their means.
+def _order(i: int) -> list[str]:
+    """Each goes first as often as the other."""
+    return sorted(_SERVERS, reverse=bool(i % 2))
+
+
+@asynccontextmanager
+async def _alone(running: ServerProcess, client: httpx.AsyncClient) -> AsyncIterator[None]:
+    """Let one server go on, and halt it again."""
+    running.resume()
+    # Not counted: nothing of this server is in the processor's caches yet.
+    await first_token(client, running.url, "Once more")
+    yield
+    running.suspend()
+
+
+def summarize(starts: list[dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Compare neighbours in time: by their median within a start, and by the mean of those over all starts.
+
+    Args:
+        starts: what `measure` returned after each start of the servers.
 
     Returns:
-        ttft_added_seconds; throughput_ratio, ours / bare; each with the quartiles of its pairs.
-        cpu_added_seconds_per_request and _per_token, and cpu_added_share: of the time of one core while the rounds
-        ran.
+        ttft_added_seconds, throughput_ratio (ours / bare), cpu_added_seconds_per_request and _per_token: each with
+        the list of the starts' medians (_by_start) and, with several starts, the mean's standard error. Then the
+        medians of both servers themselves.
     """
-    ours, bare = (found[name] for name in _SERVERS)
-    spent = {
-        name: {key: statistics.mean(found[name][f"{key}_cpu_seconds"]) for key in ("request", "round")}
-        for name in _SERVERS
-    }
-    more = {key: spent[_SERVERS[0]][key] - spent[_SERVERS[1]][key] for key in ("request", "round")}
-    round_seconds = statistics.mean(tokens_per_round / rate for rate in ours["tokens_per_second"])
-    added = [a - b for a, b in zip(ours["ttft_seconds"], bare["ttft_seconds"], strict=True)]
-    ratios = [a / b for a, b in zip(ours["tokens_per_second"], bare["tokens_per_second"], strict=True)]
-    return {
-        "ttft_added_seconds": statistics.median(added),
-        "ttft_added_quartiles": statistics.quantiles(added, n=4),
-        "ttft_seconds": {name: statistics.median(found[name]["ttft_seconds"]) for name in _SERVERS},
-        "throughput_ratio": statistics.median(ratios),
-        "throughput_ratio_quartiles": statistics.quantiles(ratios, n=4),
-        "tokens_per_second": {name: statistics.median(found[name]["tokens_per_second"]) for name in _SERVERS},
-        "cpu_added_seconds_per_request": more["request"],
-        "cpu_added_seconds_per_token": more["round"] / tokens_per_round,
-        "cpu_added_share": more["round"] / round_seconds,
-        "cpu_seconds_per_request": {name: spent[name]["request"] for name in _SERVERS},
-        "cpu_seconds_per_token": {name: spent[name]["round"] / tokens_per_round for name in _SERVERS},
-    }
+    summary: dict[str, Any] = {}
+    for title, key, compare in (
+        ("ttft_added_seconds", "ttft_seconds", operator.sub),
+        ("throughput_ratio", "tokens_per_second", operator.truediv),
+        ("cpu_added_seconds_per_request", "request_cpu_seconds", operator.sub),
+        ("cpu_added_seconds_per_token", "token_cpu_seconds", operator.sub),
+    ):
+        pairs = [[found[name][key] for name in _SERVERS] for found in starts]
+        medians = [statistics.median(map(compare, *pair)) for pair in pairs]
+        summary[title] = statistics.mean(medians)
+        summary[f"{title}_by_start"] = medians
+        if len(medians) > 1:
+            summary[f"{title}_standard_error"] = statistics.stdev(medians) / math.sqrt(len(medians))
+    for key in _MEASURED:
+        summary[key] = {
+            name: statistics.median(value for found in starts for value in found[name][key])
+            for name in _SERVERS
+        }
+    return summary
 
 
 def main() -> None:
@@ -174,36 +205,39 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, metavar="DIR", help="checkpoint directory")
     parser.add_argument("--name", help="of the model in the result (default: the directory's)")
-    parser.add_argument("--requests", type=int, default=60, help="for the first token (default: 60)")
-    parser.add_argument("--rounds", type=int, default=10, help="of throughput (default: 10)")
+    parser.add_argument("--starts", type=int, default=4, help="of both servers (default: 4)")
+    parser.add_argument("--turns", type=int, default=40, help="of single requests, per start (default: 40)")
+    parser.add_argument("--requests", type=int, default=10, help="in each turn (default: 10)")
+    parser.add_argument("--rounds", type=int, default=30, help="of throughput, per start (default: 30)")
     parser.add_argument("--at-once", type=int, default=8, help="requests together (default: 8)")
     parser.add_argument("--tokens", type=int, default=32, help="of each of those (default: 32)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args, flags = parser.parse_known_args()  # the rest goes to both servers
+    for name in ("starts", "turns", "requests", "rounds", "at_once", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
 
+    # An exception, on whose way out the halted servers are stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     set_cpu_defaults(parse_arguments(str(args.model), flags), flags)
-    with tempfile.TemporaryDirectory() as folder:
-        logs = {name: Path(folder) / f"{name}.log" for name in _SERVERS}
-        with ExitStack() as stack:
-            urls, processes = {}, {}
-            for name in _SERVERS:
-                running = stack.enter_context(server(name, args.model, flags, logs[name]))
-                running.wait_until_ready()
-                urls[name], processes[name] = running.url, psutil.Process(running.pid)
-            found = asyncio.run(
-                measure(urls, processes, args.rounds, args.requests, args.at_once, args.tokens)
-            )
-    report = {
-        "model": args.name or args.model.name,
-        "flags": flags,
-        "at_once": args.at_once,
-        "tokens": args.tokens,
-        "machine": describe_machine(),
-        "versions": versions(),
-        "summary": summarize(found, args.at_once * args.tokens),
-        "measured": found,
-    }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    starts = []
+    for i in range(args.starts):
+        with both_started(args.model, flags, ours_first=i % 2 == 0) as servers:
+            work = measure(servers, args.turns, args.requests, args.rounds, args.at_once, args.tokens)
+            starts.append(asyncio.run(work))
+        report = {
+            "model": args.name or args.model.name,
+            "flags": flags,
+            "requests": args.requests,
+            "at_once": args.at_once,
+            "tokens": args.tokens,
+            "machine": describe_machine(),
+            "versions": versions(),
+            "summary": summarize(starts),
+            "measured": starts,
+        }
+        # After each start: an end before the last one loses nothing.
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import secrets
 from collections.abc import Iterable
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from pifa_vllm_server.errors import RefusedError
 from pifa_vllm_server.settings import ServerSettings
@@ -79,7 +80,7 @@ class Access:
         if not self._keys or path in self._open or method == "OPTIONS":
             return
         key = self._valid(_bearer(headers))
-        if key is None and _same_site(headers):
+        if key is None and _asked_by_user(method, path, headers):
             key = self._valid(_basic_password(headers))
             if key is not None:
                 headers["authorization"] = f"Bearer {key}"
@@ -128,6 +129,16 @@ def _basic_password(headers: Headers) -> str | None:
         return None
 
 
-def _same_site(headers: Headers) -> bool:
-    """Browsers send Basic credentials by themselves, so another site's page must not profit from them."""
-    return headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+def _asked_by_user(method: str, path: str, headers: Headers) -> bool:
+    """Browsers send Basic credentials by themselves, so another site's page must not profit from them.
+
+    A link to the dashboard may stand anywhere. Browsers tell the site over HTTPS and to localhost only; with
+    whatever can change something they also send the page's origin.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is None:
+        origin = headers.get("origin")
+        return origin is None or urlsplit(origin).netloc == headers.get("host")
+    if method == "GET" and path == _DASHBOARD and headers.get("sec-fetch-dest") == "document":
+        return True
+    return site in ("none", "same-origin")

@@ -29,14 +29,24 @@ class ServerSettings(BaseSettings):
     max_prompts: int = Field(64, ge=1, description="prompts in one completion request")
     max_n: int = Field(16, ge=1, description="answers per prompt (n, best_of)")
     max_concurrent_requests: int = Field(256, ge=1, description="requests that are worked on at once")
-    request_timeout: float = Field(600.0, gt=0, description="seconds until a request is given up")
-    body_timeout: float = Field(30.0, gt=0, description="seconds in which headers and body must arrive")
-    send_timeout: float = Field(30.0, gt=0, description="seconds that a client may leave its answer unread")
+    request_timeout: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="seconds until a request is given up"
+    )
+    body_timeout: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="seconds in which headers and body must arrive"
+    )
+    send_timeout: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="seconds in which a client must read something"
+    )
     drain_timeout: int = Field(
         30, ge=0, description="seconds for running requests after SIGTERM (vLLM's --shutdown-timeout wins)"
     )
-    ready_interval: float = Field(30.0, gt=0, description="seconds without tokens until one is generated")
-    ready_timeout: float = Field(30.0, gt=0, description="seconds in which that token must come")
+    ready_interval: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="seconds without tokens until one is generated"
+    )
+    ready_timeout: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="seconds in which that token must come"
+    )
     public_metrics: bool = Field(False, description="leave /metrics open where an API key is set")
     admin_routes: bool = Field(False, description="open vLLM's routes that change or inspect the engine")
     dashboard: bool = Field(True, description="serve /dashboard")

@@ -92,6 +92,12 @@ async def open_state(app: FastAPI) -> ServerState:
     config = app.state.server.config
     if config.http_protocol_class.__name__ == LimitedProtocol.__base__.__name__:
         config.http_protocol_class = partial(LimitedProtocol, settings=settings)
+    else:
+        logger.warning(
+            "expected uvicorn to read HTTP by httptools, found %s: headers that never end are not limited by "
+            "max_header_bytes and body_timeout, and answers that are not read not by send_timeout",
+            config.http_protocol_class.__name__,
+        )
     config.timeout_graceful_shutdown = config.timeout_graceful_shutdown or _CLOSE_SECONDS
     keys = args.api_key or [envs.VLLM_API_KEY]
     readiness = Readiness(engine, settings, metrics, count_tokens(engine, metrics), slots)

@@ -1,6 +1,6 @@
 """Generates the Grafana dashboards: `python deploy/grafana/dashboards.py [DIRECTORY]`.
 
-What the panels ask for, by name of a metric, is exported by vLLM (`vllm:*`, `http_requests_total`), by the server
+What the panels ask for, by name of a metric, is exported by vLLM (`vllm:*`), by the server
 (`pifa_*`), or recorded from these by prometheus/rules.yml (`pifa:*`).
 """
 
@@ -40,7 +40,6 @@ def page(title: str, uid: str, text: str, panels: Sequence[object]) -> dashboard
 
 def overview() -> dashboard.Dashboard:
     """Throughput, latency, queue, errors."""
-    requests = f'handler=~"/v1/.*", {WHERE}'
     return page(
         "PIFA: Overview",
         "pifa-overview",
@@ -49,7 +48,7 @@ def overview() -> dashboard.Dashboard:
             lamp(
                 "Ready", f"min(pifa_ready{{{WHERE}}})", text="A token was generated lately, on every server."
             ),
-            number("Requests", "reqps", f"sum({rate('http_requests_total', requests)})", decimals=2),
+            number("Requests", "reqps", f"sum({rate('pifa_responses_total')})", decimals=2),
             number(
                 "Generation", "cps", f"sum({rate('pifa_generation_tokens_total')})", text="Tokens per second."
             ),
@@ -68,12 +67,12 @@ def overview() -> dashboard.Dashboard:
                     (f"sum({rate('pifa_prompt_tokens_total')})", "prompt"),
                     (f"sum({rate('pifa_generation_tokens_total')})", "generation"),
                 ],
-                text="Readiness probes included: one token every 15 s on an idle server.",
+                text="Readiness probes included: one token every 30 s on an idle server.",
             ),
             graph(
                 "Requests by answer",
                 "reqps",
-                [(f"sum by (status) ({rate('http_requests_total', requests)})", "{{status}}")],
+                [(f"sum by (status) ({rate('pifa_responses_total')})", "{{status}}")],
                 stacked=True,
             ),
             graph(

@@ -32,7 +32,9 @@ def test_the_services_know_each_others_addresses():
     services = read("compose.yaml")["services"]
     (target,) = read("prometheus/prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
     host, port = target.split(":")
-    assert services[host]["ports"] == [f"{port}:{port}"]
+    # Without an API key, only for this machine.
+    assert services[host]["ports"] == [f"${{PIFA_ADDRESS:-127.0.0.1}}:{port}:{port}"]
+    assert services[host]["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
     (source,) = read("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert services["prometheus"]["ports"] == ["127.0.0.1:9090:9090"]

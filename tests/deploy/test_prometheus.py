@@ -148,9 +148,9 @@ def test_a_query_finds_data(prometheus, expression):
 
 
 def test_what_is_recorded_is_what_happened(prometheus):
-    increase = "sum(increase(http_requests_total{handler='/v1/chat/completions', status='%s'}[5m]))"
+    increase = "sum(increase(pifa_responses_total{status='%s'}[5m]))"
     # Prometheus extrapolates increases, and does not see what came before its first scrape.
-    assert query(prometheus, increase % "2xx")[0] == pytest.approx(REQUESTS, rel=0.5)
+    assert query(prometheus, increase % "200")[0] == pytest.approx(REQUESTS, rel=0.5)
     assert query(prometheus, "pifa_ready") == [1.0]
     assert query(prometheus, "pifa:request_errors:ratio_rate5m") == [0.0]
     compressed, dense = (
