@@ -6,7 +6,7 @@ Both servers are started before anything is measured. Requests go to them in tur
 machine slows both, and the one that is not asked is halted. Bare vLLM is its own API server module with the same
 flags. Two starts of one and the same server differ, too, so both are started several times, and how the result
 varies from start to start tells how far it can be trusted. The CPU time that the API server's process takes for the
-same requests is what our layer adds to; it hardly depends on what else runs.
+same requests is what our layer adds to; it depends less on what else runs.
 """
 
 from __future__ import annotations
