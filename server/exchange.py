@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import cast
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # nginx's number for a client that closed the connection.
 CLIENT_CLOSED = 499
-# For the app to return after it was told that its client is gone.
+# For the app to return after it was told that its client is gone, and for the client to take a refusal.
 _LAST_SECONDS = 5.0
 # Where the HTTP server puts the `Connection` into a request's scope.
 CONNECTION = "pifa.connection"
@@ -100,14 +101,20 @@ class Exchange:
             waiting.cancel()
 
     async def refuse(self, refusal: RefusedError) -> None:
-        """Send a refusal: as the response, or as the last event of a stream that has begun."""
+        """Send a refusal: as the response, or as the last event of a stream that has begun.
+
+        A client that reads too slowly to take it does not get it: the request would hold its slot meanwhile.
+        """
         self.refusal = refusal
         if self.client_gone or self._complete:
             return
-        if self.status is None:
-            await refusal.response()({"type": "http"}, self._receive, self._pass_on)
-        elif self._streams:
-            await self._pass_on({"type": "http.response.body", "body": refusal.event(), "more_body": False})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_SECONDS):
+                if self.status is None:
+                    await refusal.response()({"type": "http"}, self._receive, self._pass_on)
+                elif self._streams:
+                    event = {"type": "http.response.body", "body": refusal.event(), "more_body": False}
+                    await self._pass_on(event)
 
     async def _receive_for_app(self) -> Message:
         if self._body is not None:

@@ -113,6 +113,28 @@ def test_timeout_in_a_stream_ends_it_with_an_error():
     assert client.messages[-1].get("more_body", False) is False
 
 
+def test_a_client_that_does_not_take_its_refusal(monkeypatch):
+    """It has been sent something, reads a little now and then, and would never have read all."""
+    monkeypatch.setattr("pifa_vllm_server.exchange._LAST_SECONDS", 0.05)
+
+    class Slow(Client):
+        async def send(self, message):
+            await super().send(message)
+            if len(self.messages) > 1:
+                await asyncio.Event().wait()
+
+    async def events():
+        while True:
+            yield "data: {}\n\n"
+
+    async def app(scope, receive, send):
+        await Request(scope, receive).body()
+        await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    exchange = run(app, Slow(), limit=0.05)
+    assert exchange.refusal.reason == "timeout"
+
+
 def test_an_app_that_does_not_listen_is_cancelled(monkeypatch):
     monkeypatch.setattr("pifa_vllm_server.exchange._LAST_SECONDS", 0.05)
 
