@@ -202,11 +202,11 @@ def check_architecture(checkpoint: Checkpoint) -> str:
         del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers validates in many places, with as many kinds of error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedModelError(
             f"{checkpoint.directory / 'config.json'}: transformers makes no causal language model of it "
-            f"({reason[0]})."
+            f"({reason[0][:200]})."
         ) from error
     insert_pifa_layers(model, checkpoint)
     check_tensors(model, checkpoint.shards, unexpected=True)

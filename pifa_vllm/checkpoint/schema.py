@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pifa_vllm.checkpoint.files import MAX_JSON, check_name, parse_json, quoted, read_file
 from pifa_vllm.errors import CheckpointError
 
 FORMAT_VERSION: Final = 1
@@ -52,39 +52,45 @@ class PIFAConfig(BaseModel):
                 # The default is for writers only, and a Literal takes True and 1.0 for 1.
                 raise CheckpointError(
                     f"{source}: quantization_config.format_version: expected {FORMAT_VERSION}, "
-                    f"found {version!r}."
+                    f"found {quoted(version)}."
                 )
             if version > FORMAT_VERSION:
                 raise CheckpointError(
-                    f"{source}: this PIFA checkpoint has format_version {version}, expected at most "
+                    f"{source}: this PIFA checkpoint has format_version {quoted(version)}, expected at most "
                     f"{FORMAT_VERSION}. Update pifa-vllm to read it."
                 )
         try:
             config = cls.model_validate(section)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(["quantization_config", *map(str, first["loc"])])
-            raise CheckpointError(f"{source}: {where}: {first['msg']}, found {first['input']!r}.") from error
+            place = [part if str(part).isprintable() else quoted(part) for part in first["loc"]]
+            where = ".".join(["quantization_config", *map(str, place)])
+            raise CheckpointError(
+                f"{source}: {where}: {first['msg']}, found {quoted(first['input'])}."
+            ) from error
         for name, rank in config.ranks.items():
+            check_name(name, f"{source}: quantization_config.ranks")
             if rank < 0:
                 raise CheckpointError(
-                    f"{source}: quantization_config.ranks[{name!r}]: expected 0 or more, found {rank}."
+                    f"{source}: quantization_config.ranks[{name!r}]: expected 0 or more, found {quoted(rank)}."
                 )
         return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: a regular file.
+        strict: see `parse_json`; the configs of other models need not be as strict.
+
     Raises:
-        CheckpointError: if the file is missing, is not JSON, or is not an object.
+        CheckpointError: if the file is missing, too large, is not JSON, or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_file(path, MAX_JSON), path, strict=strict)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
@@ -97,12 +103,21 @@ def read_config(directory: Path) -> PIFAConfig:
         CheckpointError: if the directory is no PIFA checkpoint, or its section is not valid.
     """
     path = directory / "config.json"
-    section = read_json(path).get("quantization_config")
+    return parse_section(read_json(path, strict=True), path)
+
+
+def parse_section(config: dict[str, Any], path: Path) -> PIFAConfig:
+    """Validate the PIFA section of a decoded config.json.
+
+    Raises:
+        CheckpointError: if there is none, or it is not valid.
+    """
+    section = config.get("quantization_config")
     method = section.get("quant_method") if isinstance(section, dict) else None
     if method != "pifa":
         raise CheckpointError(
             f'{path}: not a PIFA checkpoint: expected quantization_config.quant_method "pifa", '
-            f"found {method!r}."
+            f"found {quoted(method)}."
         )
     return PIFAConfig.parse(section, str(path))
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pifa_vllm.checkpoint.files import MAX_JSON, check_name, parse_json, quoted
 from pifa_vllm.checkpoint.schema import read_json
 from pifa_vllm.errors import CheckpointError
 
@@ -140,7 +141,7 @@ class Shards:
         return picked[inverse]
 
     def _open_index(self, index_path: Path) -> None:
-        weight_map = read_json(index_path).get("weight_map")
+        weight_map = read_json(index_path, strict=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
             raise CheckpointError(
                 f"{index_path}: weight_map: expected an object of tensor name to file name."
@@ -151,12 +152,13 @@ class Shards:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
                     f"{index_path}: weight_map: expected names of safetensors files in this directory, "
-                    f"found {file!r}."
+                    f"found {quoted(file)}."
                 )
             if not path.is_file():
                 raise CheckpointError(f"{path}: shard is missing, but {index_path.name} names it.")
             headers[file] = dict(read_header(path))
         for name, file in weight_map.items():
+            check_name(name, f"{index_path}: weight_map")
             if name not in headers[file]:
                 raise CheckpointError(
                     f"{self.directory / file}: tensor {name} is missing, but {index_path.name} places it "
@@ -175,11 +177,15 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     Raises:
         CheckpointError: if the file is no safetensors file, not a whole one, or not this user's to read.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: expected a regular file, found something else.")
     if path.exists() and not os.access(path, os.R_OK):
         # safetensors would say that there is none.
         raise CheckpointError(f"{path}: this process's user (id {os.geteuid()}) is not allowed to read it.")
+    length = _header_length(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as shard:
+            _check_names(path, length)
             for name in shard.keys():  # noqa: SIM118  # safe_open is no mapping
                 view = shard.get_slice(name)
                 dtype = _DTYPES.get(view.get_dtype())
@@ -194,3 +200,35 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
             f"{path}: not a readable safetensors file, probably truncated or damaged "
             f"({path.stat().st_size} bytes on disk; {error})."
         ) from error
+
+
+def _header_length(path: Path) -> int:
+    """Read how long a shard's header is; safetensors would take six times as much as a model ever needs.
+
+    Raises:
+        CheckpointError: if it is too long, or there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    if length > MAX_JSON:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file: expected a header of at most {MAX_JSON} bytes, "
+            f"found {length}."
+        )
+    return length
+
+
+def _check_names(path: Path, length: int) -> None:
+    """Check what safetensors lets pass in a whole header: a tensor that is described twice (the last one counts).
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    with path.open("rb") as file:
+        file.seek(8)
+        header = parse_json(file.read(length), f"{path}: header")
+    for name in header:
+        check_name(name, f"{path}: header")

@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pifa_vllm.checkpoint.files import check_directory
 from pifa_vllm.checkpoint.schema import (
     BIAS,
     COEFFICIENTS,
     PIVOT_ROWS,
     PIVOT_WEIGHT,
     PIFAConfig,
-    read_config,
+    parse_section,
+    read_json,
 )
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
+from pifa_vllm.checkpoint.sizes import check_sizes, read_sizes
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
 
@@ -61,12 +64,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Open a checkpoint, checking schema, names, shapes and dtypes against one another.
+        """Open a checkpoint, checking files, schema, names, shapes and dtypes against one another.
+
+        Nothing is allocated for it yet, and nothing may be before: transformers and vLLM take sizes from
+        config.json that only this holds against the tensors that there are.
 
         Raises:
             CheckpointError: naming file, tensor, expected and found.
+            UnsupportedModelError: if it is another kind of model than those that can be compressed.
         """
-        config = read_config(directory)
+        path = directory / "config.json"
+        raw = read_json(path, strict=True)
+        config = parse_section(raw, path)
+        sizes = read_sizes(raw, str(path))
+        check_directory(directory)
         shards = Shards(directory)
         _check_files(shards)
         modules = {name: _check_module(shards, name, rank) for name, rank in config.ranks.items()}
@@ -77,6 +88,8 @@ class Checkpoint:
                     f"{shards.entry(tensor).file}: tensor {tensor} belongs to a compressed module that "
                     "quantization_config.ranks does not name."
                 )
+        full = {name: (module.m, module.n) for name, module in modules.items()}
+        check_sizes(sizes, directory, shards.entries, full)
         return cls(directory, config, shards, modules)
 
     def load(self, name: str) -> PIFA:
@@ -172,6 +185,12 @@ def _check_files(shards: Shards) -> None:
         raise CheckpointError(
             f"{single}: lies beside {INDEX_NAME}, which names {others}; expected one or the other."
         )
+    for path in sorted(shards.directory.glob("*.safetensors")):
+        # Without an index, vLLM loads every one of them.
+        if path.name not in (SINGLE_NAME, *others):
+            raise CheckpointError(
+                f"{path}: expected no shards but those that {INDEX_NAME} names, found one more."
+            )
     for file, name in shards.unindexed:
         raise CheckpointError(f"{file}: tensor {name} lies here, but {INDEX_NAME} does not place it here.")
 

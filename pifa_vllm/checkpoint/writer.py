@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pifa_vllm.checkpoint.atomic import replace_file, replace_text, sync, write_error
-from pifa_vllm.checkpoint.schema import BIAS, COEFFICIENTS, PIVOT_ROWS, PIVOT_WEIGHT, PIFAConfig
+from pifa_vllm.checkpoint.schema import (
+    BIAS,
+    COEFFICIENTS,
+    PIVOT_ROWS,
+    PIVOT_WEIGHT,
+    PIFAConfig,
+    read_json,
+)
 from pifa_vllm.checkpoint.shards import INDEX_NAME, read_header
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
@@ -21,7 +28,7 @@ from pifa_vllm.factorization import PIFA
 # Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation, and
 # the licence, which has to go with every copy.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_NOT_COMPANIONS = {"config.json", "compression_report.json"}
+_NOT_COMPANIONS = {"adapter_config.json", "compression_report.json", "config.json", "params.json"}
 
 
 class CheckpointWriter:
@@ -65,7 +72,11 @@ class CheckpointWriter:
         replace_text(self.staging / file, text)
 
     def copy_companions(self, source: Path) -> None:
-        """Copy tokenizer, generation config and the like from a Hugging Face directory, untouched."""
+        """Copy tokenizer, generation config and the like from a Hugging Face directory.
+
+        Untouched, but for the names of Python classes that a tokenizer's config may ask to import: no code is
+        copied, and checkpoints that ask for some are refused.
+        """
         for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):
                 if (
@@ -74,6 +85,9 @@ class CheckpointWriter:
                     and not path.name.endswith(".index.json")
                 ):
                     try:
+                        if path.name.endswith("_config.json") and b'"auto_map"' in path.read_bytes():
+                            self.write_json(path.name, _without_code(read_json(path)))
+                            continue
                         shutil.copyfile(path, self.staging / path.name)
                         sync(self.staging / path.name)
                     except OSError as error:
@@ -88,7 +102,8 @@ class CheckpointWriter:
         """Write index and config.json, then make the directory appear as `output`.
 
         Args:
-            model_config: the dense model's config.json, kept as it is but for the dtype and our section.
+            model_config: the dense model's config.json, kept as it is but for the dtype, our section, and the
+                names of classes to import.
             pifa_config: None writes an ordinary dense checkpoint.
 
         Raises:
@@ -101,7 +116,7 @@ class CheckpointWriter:
                 weight_map[name] = path.name
                 total += entry.nbytes
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = {k: v for k, v in model_config.items() if k != "quantization_config"}
+        config = {k: v for k, v in _without_code(model_config).items() if k != "quantization_config"}
         if pifa_config is not None:
             config["quantization_config"] = pifa_config.model_dump()
         self.write_json("config.json", config)
@@ -118,6 +133,10 @@ class CheckpointWriter:
             sync(self.output.parent)
         except OSError as error:
             raise write_error(self.output, error) from error
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "auto_map"}
 
 
 def module_tensors(name: str, factors: PIFA, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:

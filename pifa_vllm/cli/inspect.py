@@ -138,8 +138,13 @@ def _lines(checkpoint: Checkpoint, totals: dict[str, Any]) -> list[str]:
     ]
     for key, value in config.provenance.items():
         shown = value if isinstance(value, str) else json.dumps(value)
-        lines.append(f"{key:13} {shown}")
+        lines.append(_printable(f"{key:13} {shown}"))
     return lines
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would obey: provenance is whatever the checkpoint's author wrote."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _mebibytes(nbytes: int) -> str:

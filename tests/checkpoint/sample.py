@@ -1,4 +1,4 @@
-"""A checkpoint made by hand: three small matrices, one with a bias, in two shards."""
+"""A checkpoint made by hand: one layer with three compressed matrices, one with a bias, in two shards."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ from pifa_vllm.checkpoint.shards import INDEX_NAME
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.factorization import factorize
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 7,
+    "hidden_size": 5,
+    "intermediate_size": 9,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "tie_word_embeddings": True,
+}
+LAYER = "model.layers.0"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -26,9 +39,20 @@ def _module(name: str, m: int, n: int, rank: int, bias: bool = False) -> dict[st
 
 
 def _shards() -> list[dict[str, Tensor]]:
+    dense = {
+        "self_attn.k_proj": (2, 5),
+        "self_attn.v_proj": (2, 5),
+        "self_attn.o_proj": (5, 6),
+        "mlp.gate_proj": (9, 5),
+        "input_layernorm": (5,),
+        "post_attention_layernorm": (5,),
+    }
     return [
-        _module("layers.0.q_proj", 6, 5, 3) | {"norm.weight": torch.ones(5)},
-        _module("layers.0.up_proj", 9, 5, 2, bias=True) | _module("layers.0.down_proj", 5, 9, 4),
+        _module(f"{LAYER}.self_attn.q_proj", 6, 5, 3)
+        | {"model.norm.weight": torch.ones(5), "model.embed_tokens.weight": torch.ones(7, 5)},
+        _module(f"{LAYER}.mlp.up_proj", 9, 5, 2, bias=True)
+        | _module(f"{LAYER}.mlp.down_proj", 5, 9, 4)
+        | {f"{LAYER}.{name}.weight": torch.ones(shape) for name, shape in dense.items()},
     ]
 
 
@@ -42,7 +66,11 @@ class Sample:
             "quant_method": "pifa",
             "format_version": 1,
             "density": 0.7,
-            "ranks": {"layers.0.q_proj": 3, "layers.0.up_proj": 2, "layers.0.down_proj": 4},
+            "ranks": {
+                f"{LAYER}.self_attn.q_proj": 3,
+                f"{LAYER}.mlp.up_proj": 2,
+                f"{LAYER}.mlp.down_proj": 4,
+            },
             "provenance": {"source": "by hand"},
         }
     )
@@ -67,7 +95,7 @@ class Sample:
             save_file(tensors, directory / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        config = {"model_type": "llama", "quantization_config": self.section}
+        config = CONFIG | {"quantization_config": self.section}
         (directory / "config.json").write_text(json.dumps(config))
         return directory
 
@@ -77,4 +105,4 @@ class Sample:
         for file, tensors in zip(SHARDS, self.shards, strict=True):
             writer.write_shard(file, tensors)
         writer.write_text("README.md", "A model card.")
-        writer.publish({"model_type": "llama"}, PIFAConfig.parse(self.section, "sample"))
+        writer.publish(dict(CONFIG), PIFAConfig.parse(self.section, "sample"))

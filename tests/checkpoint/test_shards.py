@@ -61,12 +61,12 @@ def test_a_single_file_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_rows_are_read_in_the_order_asked_for(directory: Path) -> None:
     shards = Shards(directory)
-    weight = shards.load("layers.0.down_proj.pivot_weight")
+    weight = shards.load("model.layers.0.mlp.down_proj.pivot_weight")
     rows = torch.tensor([3, 0, 0, 2])
-    assert torch.equal(shards.load_rows("layers.0.down_proj.pivot_weight", rows), weight[rows])
+    assert torch.equal(shards.load_rows("model.layers.0.mlp.down_proj.pivot_weight", rows), weight[rows])
     for row in (-1, 4):
         with pytest.raises(CheckpointError, match=rf"has 4 rows, but row {row} is asked for"):
-            shards.load_rows("layers.0.down_proj.pivot_weight", torch.tensor([0, row]))
+            shards.load_rows("model.layers.0.mlp.down_proj.pivot_weight", torch.tensor([0, row]))
 
 
 def test_absent_tensors_are_named(directory: Path) -> None:
@@ -133,12 +133,12 @@ def test_an_index_cannot_leave_its_directory(directory: Path, place: str) -> Non
     shutil.copy(directory / SHARDS[0], outside)
     (directory / "sub").mkdir()
     shutil.copy(outside, directory / "sub" / "inside.safetensors")
-    rewrite_index(directory, **{"norm.weight": place.format(root=directory.parent)})
+    rewrite_index(directory, **{"model.norm.weight": place.format(root=directory.parent)})
     with pytest.raises(CheckpointError, match="expected names of safetensors files in this directory"):
         Shards(directory)
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"norm.weight": 1}])
+@pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 1}])
 def test_an_index_without_a_weight_map(directory: Path, weight_map: object) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=rf"{INDEX_NAME}: weight_map: expected an object"):
@@ -146,17 +146,17 @@ def test_an_index_without_a_weight_map(directory: Path, weight_map: object) -> N
 
 
 def test_an_index_that_places_a_tensor_in_the_wrong_shard(directory: Path) -> None:
-    rewrite_index(directory, **{"norm.weight": SHARDS[1]})
-    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: tensor norm\.weight is missing"):
+    rewrite_index(directory, **{"model.norm.weight": SHARDS[1]})
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: tensor model\.norm\.weight is missing"):
         Shards(directory)
 
 
 def test_tensors_that_the_index_does_not_name_are_reported(directory: Path) -> None:
     path = directory / INDEX_NAME
     index = json.loads(path.read_text())
-    del index["weight_map"]["norm.weight"]
+    del index["weight_map"]["model.norm.weight"]
     path.write_text(json.dumps(index))
-    assert Shards(directory).unindexed == [(directory / SHARDS[0], "norm.weight")]
+    assert Shards(directory).unindexed == [(directory / SHARDS[0], "model.norm.weight")]
 
 
 def test_dtypes_that_are_not_read(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from pifa_vllm.checkpoint import Checkpoint, check_finite, check_pivot_rows
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import pifa_parameters
-from tests.checkpoint.sample import SHARDS, Sample
+from tests.checkpoint.sample import LAYER, SHARDS, Sample
 
-Q, UP, DOWN = "layers.0.q_proj", "layers.0.up_proj", "layers.0.down_proj"
+Q, UP, DOWN = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.down_proj"
 
 
 def test_a_good_checkpoint_opens_and_verifies(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ VALUE_ATTACKS: dict[str, tuple[Callable[[Sample], None], str]] = {
         r"found 15 NaN or infinite",
     ),
     "NaN in a dense tensor": (
-        put("norm.weight", torch.tensor([1, math.nan])),
+        put("model.norm.weight", torch.tensor([1, 1, math.nan, 1, 1])),
         r"norm\.weight: expected finite",
     ),
     "NaN in a bias": (put(f"{UP}.bias", torch.full((9,), math.nan)), rf"{UP}\.bias: expected finite"),
@@ -216,10 +216,10 @@ def test_what_only_values_show_is_refused_on_loading(tmp_path: Path, attack: str
 def test_a_tensor_hidden_from_the_index_is_refused(tmp_path: Path) -> None:
     directory = Sample().write(tmp_path / "model")
     index = json.loads((directory / INDEX_NAME).read_text())
-    del index["weight_map"]["norm.weight"]
+    del index["weight_map"]["model.norm.weight"]
     (directory / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(
-        CheckpointError, match=rf"{SHARDS[0]}: tensor norm\.weight lies here, but {INDEX_NAME}"
+        CheckpointError, match=rf"{SHARDS[0]}: tensor model\.norm\.weight lies here, but {INDEX_NAME}"
     ):
         Checkpoint.open(directory)
 

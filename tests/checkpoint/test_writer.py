@@ -92,6 +92,18 @@ def test_companions_are_copied_untouched_and_weights_are_not(tmp_path: Path) -> 
         assert (made.staging / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_names_of_classes_to_import_are_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "theirs.T"}, "a": 1}')
+    made = CheckpointWriter(tmp_path / "out", tmp_path / "staging")
+    made.copy_companions(source)
+    made.write_shard("model.safetensors", {"a": torch.ones(2)})
+    made.publish({"auto_map": {"AutoConfig": "theirs.C"}, "b": 2}, None)
+    assert read_json(tmp_path / "out" / "tokenizer_config.json") == {"a": 1}
+    assert read_json(tmp_path / "out" / "config.json") == {"b": 2}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_module_tensors_have_the_names_and_dtypes_of_the_format(dtype: torch.dtype) -> None:
     factors = factorize(torch.randn(6, 2), torch.randn(2, 4))

@@ -66,24 +66,32 @@ def test_tables(twins: Twins, capsys: pytest.CaptureFixture[str]) -> None:
 def test_layers_are_in_numerical_order_and_provenance_is_shown(
     twins: Twins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def renumber(name: str) -> str:
-        return name.replace("layers.0.", "layers.10.").replace("layers.1.", "layers.9.")
+    def add_layers(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            for layer in range(2, 11):
+                tensors[name.replace("layers.1.", f"layers.{layer}.")] = tensors[name].clone()
 
-    def rename_tensors(tensors: dict[str, Any]) -> None:
-        for name in list(tensors):
-            tensors[renumber(name)] = tensors.pop(name)
-
-    def rename_ranks(config: dict[str, Any]) -> None:
+    def add_ranks(config: dict[str, Any]) -> None:
         section = config["quantization_config"]
-        section["ranks"] = {renumber(name): rank for name, rank in section["ranks"].items()}
-        section["provenance"] = {"method": "mpifa [bold]", "calibration": {"samples": 16}}
+        for name, rank in list(section["ranks"].items()):
+            section["ranks"] |= {
+                name.replace("layers.1.", f"layers.{layer}."): rank for layer in range(2, 11)
+            }
+        section["provenance"] = {
+            "method": "mpifa [bold]",
+            "calibration": {"samples": 16},
+            "\x1b[2J": "clears\x1b[2J the screen",
+        }
+        config["num_hidden_layers"] = 11
 
-    directory = copy_edited(twins.pifa, tmp_path / "ten", tensors=rename_tensors, config=rename_ranks)
+    directory = copy_edited(twins.pifa, tmp_path / "ten", tensors=add_layers, config=add_ranks)
     assert main(["inspect", str(directory), "--modules"]) == 0
     out = capsys.readouterr().out
     assert out.index("layers.9.") < out.index("layers.10.")
     assert "method        mpifa [bold]" in out
     assert 'calibration   {"samples": 16}' in out
+    assert r"clears\x1b[2J the screen" in out
+    assert "\x1b" not in out
 
 
 def test_refusals(twins: Twins, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,9 @@ ATTACKS: dict[str, tuple[dict[str, Any], str, int]] = {
         "expected rows in [0, 64), found -5",
         1,
     ),
-    "missing": ({"tensors": lambda t: t.pop("model.norm.weight")}, "model.norm.weight is missing", 2),
+    "missing": ({"tensors": lambda t: t.pop("model.norm.weight")}, "model.norm.weight is missing", 0),
     "unexpected": ({"tensors": lambda t: t.update(more=torch.ones(1))}, "tensor more is unexpected", 2),
-    "shape": ({"config": lambda c: c.update(intermediate_size=111)}, "LlamaForCausalLM expects", 2),
+    "shape": ({"config": lambda c: c.update(intermediate_size=111)}, "LlamaForCausalLM expects", 0),
 }
 
 
