@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from types import ModuleType
 
-from pifa_vllm.imports import when_imported
+from wrapt import register_post_import_hook
 
 # The module with the table of quantizers; whatever loads a model with weights imports it.
 _QUANTIZERS = "transformers.quantizers.auto"
@@ -22,11 +23,11 @@ _CONFIGS = "transformers.configuration_utils"
 
 def register() -> None:
     """Make transformers know the `pifa` quantizer, now or as soon as it loads its own. Idempotent."""
-    when_imported(_CONFIGS, _guard_configs)
-    when_imported(_QUANTIZERS, _import_hf)
+    register_post_import_hook(_guard_configs, _CONFIGS)
+    register_post_import_hook(_import_hf, _QUANTIZERS)
 
 
-def _import_hf() -> None:
+def _import_hf(_quantizers: ModuleType) -> None:
     try:
         importlib.import_module("pifa_vllm.hf")
     except Exception as error:
@@ -34,7 +35,7 @@ def _import_hf() -> None:
         warnings.warn(f"transformers will not load PIFA checkpoints: {error!r}", stacklevel=2)
 
 
-def _guard_configs() -> None:
+def _guard_configs(_configs: ModuleType) -> None:
     try:
         importlib.import_module("pifa_vllm.guard").guard_configs()
     except Exception as error:

@@ -1,15 +1,19 @@
 """The vLLM plugin: stock vLLM serves PIFA checkpoints once this package is installed.
 
 vLLM calls `register` through the entry point group `vllm.general_plugins` in each of its processes, whatever
-model they serve.
+model they serve. For every model that means: one more quantization method in vLLM's table, and one method of vLLM's
+executor of several processes that looks at the model's quantization first (`replies.py`). What else is mended or
+wrapped in vLLM is so from the time that a PIFA model's configuration is read, in the process that reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from types import ModuleType
 
-from pifa_vllm.imports import when_imported
+from wrapt import register_post_import_hook
+
 from pifa_vllm.plugin.versions import supported
 
 
@@ -27,7 +31,7 @@ def register() -> None:
         )
 
         # Only engines of several ranks have it.
-        when_imported("vllm.v1.executor.multiproc_executor", _mend_executor)
+        register_post_import_hook(_mend_executor, "vllm.v1.executor.multiproc_executor")
         if "pifa" not in QUANTIZATION_METHODS:
             from pifa_vllm.plugin.config import PIFAQuantizationConfig
 
@@ -43,7 +47,7 @@ def register() -> None:
         )
 
 
-def _mend_executor() -> None:
+def _mend_executor(_executor: ModuleType) -> None:
     try:
         from pifa_vllm.plugin.replies import take_all_replies
 
