@@ -3,11 +3,11 @@
 vLLM's executor of several processes asks the ranks in turn for their replies to a call, and raises at the first
 that reports an error. The replies of the ranks after it stay in their queues, and the next call takes them for its
 own (vllm-project/vllm#57846; vLLM 0.30 to 0.32): after a refused adapter or a refused reload, the next one would
-fail with the same words. And where a later rank fails while the first waits for it in a collective, vLLM waits, too.
+fail with the same words. And where a later rank fails while the first waits for it in a collective, so does vLLM.
 
 Replaced is one method of one class of vLLM's, `MultiprocExecutor.collective_rpc`, in every process that imports it.
-Unless the model's quantization is "pifa", the replacement only calls vLLM's. What vLLM does with one rank, by way of
-Ray, or in the ranks themselves is left alone. In engines of PIFA models:
+Unless the model's quantization is "pifa", the replacement only calls vLLM's. What vLLM does with one rank, by way
+of Ray, or in the ranks themselves is left alone. In engines of PIFA models:
 
 - A call raises as soon as any rank has failed, whichever it is, and waits for no other. So an engine of which a
   rank fails while it starts ends, as vLLM ends it.
