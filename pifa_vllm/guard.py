@@ -39,25 +39,26 @@ def guard_configs() -> None:
 
 
 def check_file(directory: Path) -> None:
-    """Check that a config.json that may be a PIFA checkpoint's can be read as JSON at all.
+    """Check a checkpoint whose config.json says that it is a PIFA one, or may say so but cannot be read.
 
     Raises:
-        CheckpointError: if it cannot, or is too large to be looked at.
+        CheckpointError: naming file, tensor, expected and found.
+        UnsupportedModelError: see `check_config`.
     """
-    from pifa_vllm.checkpoint.files import MAX_JSON, read_file
+    from pifa_vllm.checkpoint.files import MAX_CONFIG, read_file
     from pifa_vllm.checkpoint.schema import read_json
 
     path = directory / "config.json"
     # What is no regular file, transformers does not take for one either.
     if not path.is_file():
         return
-    if path.stat().st_size > MAX_JSON:
+    if path.stat().st_size > MAX_CONFIG:
         with path.open("rb") as file:
             mentions = any(_NAMED in part for part in iter(functools.partial(file.read, 1 << 20), b""))
     else:
-        mentions = _NAMED in read_file(path, MAX_JSON)
+        mentions = _NAMED in read_file(path, MAX_CONFIG)
     if mentions:
-        read_json(path)
+        check_config(read_json(path, limit=MAX_CONFIG), directory)
 
 
 def check_config(config: object, directory: Path) -> None:

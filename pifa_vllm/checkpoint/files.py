@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from pifa_vllm.errors import CheckpointError
 
-# The largest config.json, index or header of a known model has a tenth of this.
+# The largest index or header of a known model has a tenth of this, the largest config.json a tenth of that.
 MAX_JSON: Final = 16 << 20
+MAX_CONFIG: Final = 1 << 20
 # Tokenizers of a quarter of a million tokens have half of this.
 _MAX_TOKENIZER: Final = 64 << 20
 _MAX_NAME: Final = 512
@@ -75,13 +76,16 @@ def read_file(path: Path, limit: int) -> bytes:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path}: expected a regular file, found {_kind(found.st_mode)}.")
         if found.st_size > limit:
             raise CheckpointError(f"{path}: expected at most {limit} bytes, found {found.st_size}.")
-        return file.read(limit)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(data: bytes, source: object, *, strict: bool = True) -> Any:
@@ -134,11 +138,11 @@ def check_directory(directory: Path) -> None:
                     f"{path}: expected a file of this directory, found a link to {quoted(str(target))}."
                 )
         found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
+        suffix = path.suffix.lower()
+        if stat.S_ISDIR(found.st_mode) and suffix not in (*_LIMITS, ".safetensors"):
             continue
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{path}: expected a regular file, found {_kind(found.st_mode)}.")
-        suffix = path.suffix.lower()
         if suffix in _PICKLES or suffix in _CODE:
             kind = "a pickle, which can hold code" if suffix in _PICKLES else "code"
             raise CheckpointError(

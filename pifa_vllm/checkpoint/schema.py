@@ -7,10 +7,11 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pifa_vllm.checkpoint.files import MAX_JSON, check_name, parse_json, quoted, read_file
+from pifa_vllm.checkpoint.files import MAX_CONFIG, MAX_JSON, check_name, parse_json, quoted, read_file
 from pifa_vllm.errors import CheckpointError
 
 FORMAT_VERSION: Final = 1
+_MAX_RANK: Final = (1 << 31) - 1
 PIVOT_WEIGHT = "pivot_weight"
 COEFFICIENTS = "coefficients"
 PIVOT_ROWS = "pivot_rows"
@@ -70,25 +71,27 @@ class PIFAConfig(BaseModel):
             ) from error
         for name, rank in config.ranks.items():
             check_name(name, f"{source}: quantization_config.ranks")
-            if rank < 0:
+            if not 0 <= rank <= _MAX_RANK:
                 raise CheckpointError(
-                    f"{source}: quantization_config.ranks[{name!r}]: expected 0 or more, found {quoted(rank)}."
+                    f"{source}: quantization_config.ranks[{name!r}]: expected 0 or more, as int32 holds it, "
+                    f"found {quoted(rank)}."
                 )
         return config
 
 
-def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, strict: bool = False, limit: int = MAX_JSON) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: a regular file.
         strict: see `parse_json`; the configs of other models need not be as strict.
+        limit: on its size in bytes.
 
     Raises:
         CheckpointError: if the file is missing, too large, is not JSON, or is not an object.
     """
     try:
-        value = parse_json(read_file(path, MAX_JSON), path, strict=strict)
+        value = parse_json(read_file(path, limit), path, strict=strict)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face model directory.") from None
     if not isinstance(value, dict):
@@ -103,7 +106,16 @@ def read_config(directory: Path) -> PIFAConfig:
         CheckpointError: if the directory is no PIFA checkpoint, or its section is not valid.
     """
     path = directory / "config.json"
-    return parse_section(read_json(path, strict=True), path)
+    return parse_section(read_model_config(path), path)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a config.json that is to be a PIFA checkpoint's.
+
+    Raises:
+        CheckpointError: if it cannot be read as one, and in the same way by everybody.
+    """
+    return read_json(path, strict=True, limit=MAX_CONFIG)
 
 
 def parse_section(config: dict[str, Any], path: Path) -> PIFAConfig:

@@ -149,7 +149,7 @@ class Shards:
         headers: dict[str, dict[str, TensorEntry]] = {}
         for file in sorted(set(weight_map.values())):
             path = self.directory / file
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
                 raise CheckpointError(
                     f"{index_path}: weight_map: expected names of safetensors files in this directory, "
                     f"found {quoted(file)}."
@@ -195,7 +195,7 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
                         f"found {view.get_dtype()}."
                     )
                 yield name, TensorEntry(path, tuple(view.get_shape()), dtype)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # it maps all of the file
         raise CheckpointError(
             f"{path}: not a readable safetensors file, probably truncated or damaged "
             f"({path.stat().st_size} bytes on disk; {error})."

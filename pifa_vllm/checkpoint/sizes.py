@@ -55,25 +55,30 @@ class Sizes:
     kv_heads: int
     head_dim: int
 
-    def shapes(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name and shape [out, in] of every tensor but biases and a head, as in the dense model."""
-        yield f"{prefix}embed_tokens.weight", (self.vocab, self.hidden)
-        yield f"{prefix}norm.weight", (self.hidden,)
+    def shapes(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Yield the name and shape [out, in] of every tensor but biases and a head, as in the dense model.
+
+        And the fields of config.json that the shape follows from.
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        of_q, of_kv = (f"num_{kind}_heads, head_dim and hidden_size" for kind in ("attention", "key_value"))
+        of_mlp = "hidden_size and intermediate_size"
+        yield f"{prefix}embed_tokens.weight", (self.vocab, self.hidden), "vocab_size and hidden_size"
+        yield f"{prefix}norm.weight", (self.hidden,), "hidden_size"
         for layer in range(self.layers):
             at = f"{prefix}layers.{layer}."
-            yield f"{at}input_layernorm.weight", (self.hidden,)
-            yield f"{at}post_attention_layernorm.weight", (self.hidden,)
-            yield f"{at}self_attn.q_proj.weight", (q, self.hidden)
-            yield f"{at}self_attn.k_proj.weight", (kv, self.hidden)
-            yield f"{at}self_attn.v_proj.weight", (kv, self.hidden)
-            yield f"{at}self_attn.o_proj.weight", (self.hidden, q)
-            yield f"{at}mlp.gate_proj.weight", (self.intermediate, self.hidden)
-            yield f"{at}mlp.up_proj.weight", (self.intermediate, self.hidden)
-            yield f"{at}mlp.down_proj.weight", (self.hidden, self.intermediate)
+            yield f"{at}input_layernorm.weight", (self.hidden,), "hidden_size"
+            yield f"{at}post_attention_layernorm.weight", (self.hidden,), "hidden_size"
+            yield f"{at}self_attn.q_proj.weight", (q, self.hidden), of_q
+            yield f"{at}self_attn.k_proj.weight", (kv, self.hidden), of_kv
+            yield f"{at}self_attn.v_proj.weight", (kv, self.hidden), of_kv
+            yield f"{at}self_attn.o_proj.weight", (self.hidden, q), of_q
+            yield f"{at}mlp.gate_proj.weight", (self.intermediate, self.hidden), of_mlp
+            yield f"{at}mlp.up_proj.weight", (self.intermediate, self.hidden), of_mlp
+            yield f"{at}mlp.down_proj.weight", (self.hidden, self.intermediate), of_mlp
             if self.qk_norm:
-                yield f"{at}self_attn.q_norm.weight", (self.head_dim,)
-                yield f"{at}self_attn.k_norm.weight", (self.head_dim,)
+                yield f"{at}self_attn.q_norm.weight", (self.head_dim,), "head_dim"
+                yield f"{at}self_attn.k_norm.weight", (self.head_dim,), "head_dim"
 
 
 def read_sizes(config: Mapping[str, Any], source: str) -> Sizes:
@@ -100,12 +105,11 @@ def read_sizes(config: Mapping[str, Any], source: str) -> Sizes:
             f"{source}: model_type: expected one of {', '.join(FAMILIES)}, found {quoted(kind)}."
         )
     names = config.get("architectures") or [f"{family}ForCausalLM"]
-    if not isinstance(names, list) or not all(
-        isinstance(name, str) and re.fullmatch(rf"{family}(?:Model|For[A-Z]\w*)", name) for name in names
-    ):
+    # The second one is the base model saved by itself.
+    if names not in ([f"{family}ForCausalLM"], [f"{family}Model"]):
         raise CheckpointError(
-            f"{source}: architectures: expected a list of classes of the model_type {kind}, such as "
-            f"{family}ForCausalLM, found {quoted(names)}."
+            f"{source}: architectures: expected {family}ForCausalLM for the model_type {kind}, "
+            f"found {quoted(names)}."
         )
 
     def size(field: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
@@ -149,24 +153,31 @@ def check_sizes(
     Raises:
         CheckpointError: naming the first tensor that is missing, has another shape, or holds no weights.
     """
+    # The base model saved by itself leaves out the prefix.
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    shapes = list(sizes.shapes(prefix))
+    linear = {name.removesuffix(".weight") for name, _, _ in shapes if name.endswith("_proj.weight")}
+    if unknown := sorted(full.keys() - linear):
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config.ranks names {unknown[0]}, expected a linear layer "
+            f"of {sizes.model} with {sizes.layers} decoder layers, found no such module."
+        )
     found = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
     if len(found) != sizes.layers or max(found) != sizes.layers - 1:
         raise CheckpointError(
             f"{directory / 'config.json'}: num_hidden_layers: expected the layers that the shards hold tensors of, "
             f"{len(found)} with {max(found, default=0)} as the last number, found {sizes.layers}."
         )
-    # The base model saved by itself leaves out the prefix.
-    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    shapes = dict(sizes.shapes(prefix))
     if "lm_head.weight" in tensors:
-        shapes["lm_head.weight"] = (sizes.vocab, sizes.hidden)
-    for name, shape in shapes.items():
+        shapes.append(("lm_head.weight", (sizes.vocab, sizes.hidden), "vocab_size and hidden_size"))
+    for name, shape, fields in shapes:
         module = name.removesuffix(".weight")
         if module in full:
             if full[module] != shape:
                 raise CheckpointError(
                     f"{tensors[f'{module}.pivot_weight'].file}: module {module}: {sizes.model} expects "
-                    f"[out, in] {list(shape)}, the factors make {list(full[module])}."
+                    f"[out, in] {list(shape)} by {fields} in config.json, the factors make "
+                    f"{list(full[module])}."
                 )
             continue
         entry = tensors.get(name)
@@ -176,7 +187,8 @@ def check_sizes(
             )
         if entry.shape != shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {name}: {sizes.model} expects {list(shape)}, found {list(entry.shape)}."
+                f"{entry.file}: tensor {name}: {sizes.model} expects {list(shape)} by {fields} in config.json, "
+                f"found {list(entry.shape)}."
             )
         if not entry.dtype.is_floating_point:
             raise CheckpointError(

@@ -16,7 +16,7 @@ from pifa_vllm.checkpoint.schema import (
     PIVOT_WEIGHT,
     PIFAConfig,
     parse_section,
-    read_json,
+    read_model_config,
 )
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
 from pifa_vllm.checkpoint.sizes import check_sizes, read_sizes
@@ -74,7 +74,7 @@ class Checkpoint:
             UnsupportedModelError: if it is another kind of model than those that can be compressed.
         """
         path = directory / "config.json"
-        raw = read_json(path, strict=True)
+        raw = read_model_config(path)
         config = parse_section(raw, path)
         sizes = read_sizes(raw, str(path))
         check_directory(directory)
@@ -120,13 +120,27 @@ class Checkpoint:
         Raises:
             CheckpointError: at the first violation.
         """
-        compressed = set()
         for name in self.modules:
             self.load(name)
-            compressed |= {f"{name}.{suffix}" for suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS)}
+        self.check_dense()
+
+    def check_dense(self, dtype: torch.dtype | None = None) -> None:
+        """Read every tensor that is no factor: biases, norms, the embedding, what was not compressed.
+
+        Args:
+            dtype: that it is served in, where values may overflow that are finite as they are stored.
+
+        Raises:
+            CheckpointError: naming file and tensor, if a value is not finite.
+        """
         for name, entry in self.shards.entries.items():
-            if name not in compressed:
-                check_finite(self.shards.load(name), f"{entry.file}: tensor {name}")
+            module, _, suffix = name.rpartition(".")
+            if module in self.modules and suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS):
+                continue
+            tensor, source = self.shards.load(name), f"{entry.file}: tensor {name}"
+            if dtype is not None and tensor.is_floating_point():
+                tensor, source = tensor.to(dtype), f"{source} as {dtype}"
+            check_finite(tensor, source)
 
     def pivot_rows(self, name: str) -> Tensor:
         """Load one module's pivot rows, int32 [r].

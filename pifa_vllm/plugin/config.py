@@ -56,6 +56,7 @@ class PIFAQuantizationConfig(QuantizationConfig):
         self._matched: set[str] = set()
         self._checkpoint: Checkpoint | None = None
         self._prepared = False
+        self._dense_checked = False
 
     def __repr__(self) -> str:
         return f"PIFAQuantizationConfig({len(self.ranks)} compressed modules)"
@@ -208,6 +209,23 @@ class PIFAQuantizationConfig(QuantizationConfig):
         if self._checkpoint is None:
             self._checkpoint = open_checkpoint(self.model, self.revision)
         return self._checkpoint
+
+    def check_dense(self, dtype: torch.dtype) -> None:
+        """Check, once the first load has read them, the tensors that are none of the PIFA layers'.
+
+        vLLM gives them to layers that check nothing, so they are read again, from the disk's cache. Reloads are
+        read through before.
+
+        Args:
+            dtype: that the model is served in.
+
+        Raises:
+            CheckpointError: naming file and tensor, if a value is not finite.
+        """
+        # A bucket is read by vLLM's loader only.
+        if self.model and "://" not in self.model and not self._dense_checked:
+            self.checkpoint().check_dense(dtype)
+            self._dense_checked = True
 
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a compressed module that vLLM calls `name`."""

@@ -93,6 +93,7 @@ class PIFALinearMethod(LinearMethodBase):
         layer.rows.zero_()
         with self.config.loading():
             self._finish(layer)
+            self.config.check_dense(layer.pivot_weight.dtype)
         if layer.rows.device.type == "cpu":
             load()
             for factor in (layer.pivot_weight, layer.coefficients):

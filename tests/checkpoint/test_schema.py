@@ -36,7 +36,7 @@ def test_a_good_section_round_trips() -> None:
         ({"ranks": {"a": 3.0}}, r"quantization_config\.ranks\.a: .*integer.*found 3\.0"),
         ({"ranks": {"a": True}}, r"quantization_config\.ranks\.a: .*integer.*found True"),
         ({"ranks": {"a": "3"}}, r"quantization_config\.ranks\.a: .*found '3'"),
-        ({"ranks": {"a": -1}}, r"quantization_config\.ranks\['a'\]: expected 0 or more, found -1"),
+        ({"ranks": {"a": -1}}, r"quantization_config\.ranks\['a'\]: expected 0 or more, .*found -1"),
         ({"ranks": ["a"]}, r"quantization_config\.ranks: .*dictionary.*found \['a'\]"),
         ({"provenance": "me"}, r"quantization_config\.provenance: .*found 'me'"),
         ({"group_size": 128}, r"quantization_config\.group_size: Extra inputs.*found 128"),

@@ -148,7 +148,7 @@ def spoilt_checkpoints(models):
         "no-layer": (
             {"tensors": add_module, "config": add_rank},
             "model.layers.9.mlp.up_proj",
-            "no linear layers of the model",
+            "expected a linear layer of LlamaForCausalLM",
         ),
         "density": (
             {"config": lambda config: config["quantization_config"].update(density=7)},
