@@ -184,17 +184,14 @@ def _finite(text: str) -> float:
 
 def _depth(value: Any) -> int:
     """Count the levels of containers, at most one more than are allowed."""
-    level = [value]
-    for depth in range(_MAX_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return depth
-    return _MAX_DEPTH + 1
+    level, depth = [value], 0
+    while depth <= _MAX_DEPTH:
+        outer = [inner for inner in level if isinstance(inner, dict | list)]
+        if not outer:
+            break
+        level = [inner for one in outer for inner in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 def _kind(mode: int) -> str:

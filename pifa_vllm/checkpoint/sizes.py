@@ -160,7 +160,7 @@ def check_sizes(
     if unknown := sorted(full.keys() - linear):
         raise CheckpointError(
             f"{directory / 'config.json'}: quantization_config.ranks names {unknown[0]}, expected a linear layer "
-            f"of {sizes.model} with {sizes.layers} decoder layers, found no such module."
+            f"of {sizes.model} with a num_hidden_layers of {sizes.layers}, found no such module."
         )
     found = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
     if len(found) != sizes.layers or max(found) != sizes.layers - 1:
