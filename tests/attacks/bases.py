@@ -18,10 +18,11 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def save_bases(root: Path) -> dict[str, Path]:
-    """Save a tiny PIFA checkpoint per base, whose k_proj stay dense, and return their directories."""
+def save_bases(root: Path, *names: str) -> dict[str, Path]:
+    """Save a tiny PIFA checkpoint per base, all of them by default, and return their directories."""
     found = {}
-    for name, (architecture, settings) in SETTINGS.items():
+    for name in names or SETTINGS:
+        architecture, settings = SETTINGS[name]
         # vLLM's CPU attention takes head sizes from 32 on.
         save_tiny_model(root / f"{name}-dense", architecture, hidden=128, intermediate=176, **settings)
         save_pifa_twin(

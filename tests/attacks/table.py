@@ -78,8 +78,8 @@ def markdown(result: dict[str, Any]) -> str:
         + ". Each attack spoils a copy of a good tiny checkpoint (`tests/attacks/bases.py`) and is given to each "
         "loader in a process of its own. Time and memory count from a process that has imported the loader; the "
         f"limit is {MEMORY >> 20} MiB. *refused* is an error of ours that names the file, and the tensor or field; "
-        "*theirs* is an error of transformers or vLLM, which do not get as far as reading the file; a dash is where "
-        "a loader sees another kind of model, which is not this project's to judge.",
+        "*theirs* is an error of transformers or vLLM, which do not get as far as reading the file; a dash is "
+        "where a loader sees another kind of model, which is not this project's to judge.",
         "",
         "| loader | attacks | refused | theirs | otherwise | most seconds | most MiB |",
         "|---|---|---|---|---|---|---|",
