@@ -10,6 +10,7 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OURS = {"Deployment", "Service", "PersistentVolumeClaim", "HorizontalPodAutoscaler"}
+OURS |= {"NetworkPolicy", "PodDisruptionBudget"}
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
 
 
@@ -27,6 +28,23 @@ def test_kubernetes_schemas_take_them(manifests):
     assert manifests.keys() == OURS | OPERATORS
     for kind in OURS:
         kubernetes_validate.validate(manifests[kind], "1.37", strict=True)
+
+
+def test_the_schemas_take_the_ingress_which_is_not_applied(manifests):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    ingress = yaml.safe_load((KUBERNETES / "ingress.yaml").read_text())
+    kubernetes_validate.validate(ingress, "1.37", strict=True)
+    (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+    service = manifests["Service"]
+    assert path["path"] == "/v1"
+    assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+    assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    # As the proxy of compose.yaml does it.
+    proxy = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["proxy"]["environment"]
+    annotations = ingress["metadata"]["annotations"]
+    for name, annotation in (("MAX_BODY", "client-max-body-size"), ("READ_TIMEOUT", "proxy-read-timeout")):
+        assert f"{{PROXY_{name}:-{annotations[f'nginx.org/{annotation}']}}}" in proxy[f"PROXY_{name}"]
+    assert annotations["nginx.org/proxy-buffering"] == "false"
 
 
 def test_the_schemas_refuse_a_misspelt_field(manifests):
@@ -84,6 +102,54 @@ def test_they_fit_each_other(manifests):
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
     claim = volumes["model"]["persistentVolumeClaim"]["claimName"]
     assert claim == manifests["PersistentVolumeClaim"]["metadata"]["name"]
+
+
+def test_the_key_comes_from_the_secret_that_prometheus_reads(manifests):
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (source,) = [entry["valueFrom"] for entry in container["env"] if entry["name"] == "VLLM_API_KEY"]
+    (endpoint,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    # Without the Secret no pod starts.
+    assert source == {"secretKeyRef": endpoint["authorization"]["credentials"]}
+
+
+def test_only_the_ingress_and_prometheus_reach_the_pods(manifests):
+    policy = manifests["NetworkPolicy"]["spec"]
+    labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert policy["egress"] == []
+    (rule,) = policy["ingress"]
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert [port["port"] for port in rule["ports"]] == [port["name"] for port in container["ports"]]
+
+
+def test_a_rollout_and_a_lost_pod_are_no_outage(manifests):
+    deployment = manifests["Deployment"]["spec"]
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] >= 2
+    budget = manifests["PodDisruptionBudget"]["spec"]
+    assert budget["selector"] == deployment["selector"]
+    assert budget["maxUnavailable"] == 1
+
+
+def test_a_pod_has_time_to_drain_and_a_hung_one_is_started_anew_within_a_minute(manifests):
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert pod["terminationGracePeriodSeconds"] >= before + 30 + 15  # with the server's --shutdown-timeout
+    # Until an endpoint that is not ready is out of the way.
+    readiness, liveness = container["readinessProbe"], container["livenessProbe"]
+    assert readiness["periodSeconds"] * readiness["failureThreshold"] <= before
+    # /health fails after 30 s.
+    assert 30 + liveness["periodSeconds"] * liveness["failureThreshold"] <= 60
+    loads = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
+    assert manifests["Deployment"]["spec"]["progressDeadlineSeconds"] > loads
+
+
+def test_nothing_runs_as_root(manifests):
+    security = manifests["Deployment"]["spec"]["template"]["spec"]["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert {security[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {10001}
 
 
 def test_the_autoscaler_asks_for_what_the_adapter_offers(manifests):
