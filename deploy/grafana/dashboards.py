@@ -1,7 +1,7 @@
 """Generates the Grafana dashboards: `python deploy/grafana/dashboards.py [DIRECTORY]`.
 
-What the panels ask for, by name of a metric, is exported by vLLM (`vllm:*`), by the server
-(`pifa_*`), or recorded from these by prometheus/rules.yml (`pifa:*`).
+What the panels ask for, by name of a metric, is exported by vLLM (`vllm:*`), by the server (`pifa_*`), or recorded
+from these by prometheus/rules.yml (`pifa:*`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def overview() -> dashboard.Dashboard:
             ),
             number("Requests", "reqps", f"sum({rate('pifa_responses_total')})", decimals=2),
             number(
-                "Generation", "cps", f"sum({rate('pifa_generation_tokens_total')})", text="Tokens per second."
+                "Generation", "cps", f"sum({rate('vllm:generation_tokens_total')})", text="Tokens per second."
             ),
             number("Running", "none", f"sum(vllm:num_requests_running{{{WHERE}}})"),
             number("Waiting", "none", f"sum(vllm:num_requests_waiting{{{WHERE}}})"),
@@ -58,16 +58,16 @@ def overview() -> dashboard.Dashboard:
                 "Errors",
                 "percentunit",
                 f"max(pifa:request_errors:ratio_rate5m{{{WHERE}}}) or vector(0)",
-                text="Share of 5xx answers over 5 minutes, of the worst server.",
+                text="Share of 5xx answers, 503 apart, over 5 minutes, of the worst server.",
             ),
             graph(
                 "Tokens per second",
                 "cps",
                 [
-                    (f"sum({rate('pifa_prompt_tokens_total')})", "prompt"),
-                    (f"sum({rate('pifa_generation_tokens_total')})", "generation"),
+                    (f"sum({rate('vllm:prompt_tokens_total')})", "prompt"),
+                    (f"sum({rate('vllm:generation_tokens_total')})", "generation"),
                 ],
-                text="Readiness probes included: one token every 30 s on an idle server.",
+                text="Readiness probes included: one token every 15 s on an idle server.",
             ),
             graph(
                 "Requests by answer",
@@ -96,17 +96,15 @@ def overview() -> dashboard.Dashboard:
                 [
                     (f"sum(vllm:num_requests_running{{{WHERE}}})", "running"),
                     (f"sum(vllm:num_requests_waiting{{{WHERE}}})", "waiting"),
-                    (f"sum(pifa_requests_active{{{WHERE}}})", "admitted"),
-                    (f"sum(pifa_requests_active_limit{{{WHERE}}})", "limit"),
                 ],
-                text="Running and waiting in the engine; admitted: held by clients, up to the limit.",
+                text="In the engine. At --max-num-queued-reqs of both together, requests are turned away.",
                 width=8,
             ),
             graph("Time in the queue", "s", percentiles("vllm:request_queue_time_seconds"), width=8),
             graph(
-                "Refused or given up, by reason",
+                "Turned away, by limit",
                 "reqps",
-                [(f"sum by (reason) ({rate('pifa_requests_rejected_total')})", "{{reason}}")],
+                [(f"sum by (reason) ({rate('vllm:admission_rejections_total')})", "{{reason}}")],
                 width=8,
                 stacked=True,
             ),

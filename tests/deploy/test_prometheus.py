@@ -31,7 +31,8 @@ pytestmark = [
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 START_SECONDS = 900
-REQUESTS = 24
+# More than the floor of the alert on errors, 30 in five minutes.
+REQUESTS = 48
 
 
 @contextlib.contextmanager
@@ -122,6 +123,8 @@ def rule_queries():
                 yield pytest.param(rule["expr"], id=rule["record"])
                 yield pytest.param(rule["record"], id=f"{rule['record']} as recorded")
                 continue
+            if "absent(" in rule["expr"]:
+                continue  # it has data where the others have none
             # An alert that does not fire returns nothing; its comparison as a number does.
             expression, changed = re.subn(r" (==|>|<) ([\d.]+)$", r" \1 bool \2", rule["expr"])
             assert changed == 1, f"{rule['alert']}: no comparison at the end of {rule['expr']}"
