@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pifa_vllm.checkpoint import Checkpoint, ModuleEntry, PIFAConfig, Shards, check_finite, check_pivot_rows
+from pifa_vllm.checkpoint.files import reason
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.ops import pifa_linear, stacked_rows
@@ -203,10 +204,9 @@ def check_architecture(checkpoint: Checkpoint) -> str:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers validates in many places, with as many kinds of error
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UnsupportedModelError(
             f"{checkpoint.directory / 'config.json'}: transformers makes no causal language model of it "
-            f"({reason[0][:200]})."
+            f"({reason(error)})."
         ) from error
     insert_pifa_layers(model, checkpoint)
     check_tensors(model, checkpoint.shards, unexpected=True)

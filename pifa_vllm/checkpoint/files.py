@@ -50,6 +50,17 @@ def quoted(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(error: Exception) -> str:
+    """Show another library's error in a message: the first line, which may hold anything that is in the file."""
+    lines = str(error).strip().split("\n") if str(error).strip() else [type(error).__name__]
+    return printable(lines[0][:300])
+
+
 def check_name(name: str, source: str) -> None:
     """Check that a name of a tensor or module can be printed as it is.
 

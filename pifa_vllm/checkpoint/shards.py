@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pifa_vllm.checkpoint.files import MAX_JSON, check_name, parse_json, quoted
+from pifa_vllm.checkpoint.files import MAX_JSON, check_name, parse_json, quoted, reason
 from pifa_vllm.checkpoint.schema import read_json
 from pifa_vllm.errors import CheckpointError
 
@@ -115,7 +115,7 @@ class Shards:
             with safe_open(entry.file, framework="pt", device=str(device)) as shard:
                 tensor: Tensor = shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({error}).") from error
+            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({reason(error)}).") from error
         return tensor
 
     def load_rows(self, name: str, rows: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Shards:
                 view = shard.get_slice(name)
                 picked = torch.cat([view[int(row) : int(row) + 1] for row in unique])
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({error}).") from error
+            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({reason(error)}).") from error
         return picked[inverse]
 
     def _open_index(self, index_path: Path) -> None:
@@ -198,7 +198,7 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     except (SafetensorError, OSError, MemoryError) as error:  # it maps all of the file
         raise CheckpointError(
             f"{path}: not a readable safetensors file, probably truncated or damaged "
-            f"({path.stat().st_size} bytes on disk; {error})."
+            f"({path.stat().st_size} bytes on disk; {reason(error)})."
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pifa_vllm.checkpoint.files import printable
 from pifa_vllm.errors import CheckpointError
 
 
@@ -25,5 +26,5 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # several libraries parse these files, and some raise bare Exception
         raise CheckpointError(
             f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Expected tokenizer.json or tokenizer.model."
+            f"{printable(' '.join(str(error).split())[:200])}). Expected tokenizer.json or tokenizer.model."
         ) from error

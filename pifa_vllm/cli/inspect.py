@@ -127,6 +127,8 @@ def _table(name: str, *columns: str) -> Table:
 
 def _lines(checkpoint: Checkpoint, totals: dict[str, Any]) -> list[str]:
     """What stands below the table: totals, then the provenance, one line per entry."""
+    from pifa_vllm.checkpoint.files import printable
+
     config = checkpoint.config
     lines = [
         f"density       {totals['density']:.4f}: {totals['parameters']:,} of {totals['dense_parameters']:,} "
@@ -138,13 +140,8 @@ def _lines(checkpoint: Checkpoint, totals: dict[str, Any]) -> list[str]:
     ]
     for key, value in config.provenance.items():
         shown = value if isinstance(value, str) else json.dumps(value)
-        lines.append(_printable(f"{key:13} {shown}"))
+        lines.append(printable(f"{key:13} {shown}"))
     return lines
-
-
-def _printable(text: str) -> str:
-    """Escape what a terminal would obey: provenance is whatever the checkpoint's author wrote."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -146,6 +146,9 @@ class PIFAQuantizationConfig(QuantizationConfig):
 
             self._prepared = True
             prepare(self, vllm_config)
+            if self._is_readable():
+                # Of a name on a hub, too, before any layer is allocated by what its config.json says.
+                self.checkpoint()
         if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
             if get_current_vllm_config().speculative_config is not None:
                 from pifa_vllm.plugin.verification import ensure_verification
@@ -222,10 +225,14 @@ class PIFAQuantizationConfig(QuantizationConfig):
         Raises:
             CheckpointError: naming file and tensor, if a value is not finite.
         """
-        # A bucket is read by vLLM's loader only.
-        if self.model and "://" not in self.model and not self._dense_checked:
+        if self._is_readable() and not self._dense_checked:
             self.checkpoint().check_dense(dtype)
             self._dense_checked = True
+
+    def _is_readable(self) -> bool:
+        """Tell whether the checkpoint can be opened here: what is in a bucket, only vLLM's loader reads."""
+        from_hub = "://" not in self.model and not vllm.envs.VLLM_USE_MODELSCOPE
+        return bool(self.model) and (from_hub or Path(self.model).is_dir())
 
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a compressed module that vLLM calls `name`."""

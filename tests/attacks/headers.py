@@ -93,6 +93,9 @@ headers.add(
     SHARD,
     "model.layers.2.x",
 )
+headers.add(
+    "dtype that clears the screen", described(NORM, dtype="\x1b[2J\x00" + "9" * 5000), SHARD, r"\x1b[2J"
+)
 headers.add("metadata that is no object", header(lambda o: o.replace(b'{"format":"pt"}', b'["pt"]')), SHARD)
 headers.add("shard of 2 TB of nothing", sparse(SHARD, 2 << 40), SHARD)
 

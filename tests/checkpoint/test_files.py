@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pifa_vllm.checkpoint import Checkpoint
-from pifa_vllm.checkpoint.files import check_directory, check_name, parse_json, quoted, read_file
+from pifa_vllm.checkpoint.files import check_directory, check_name, parse_json, quoted, read_file, reason
 from pifa_vllm.errors import CheckpointError
 from tests.checkpoint.sample import Sample
 
@@ -149,6 +149,12 @@ def test_quoted_values_are_short_and_can_be_printed() -> None:
     for value in ("x" * 10**6, "\x1b\n", 10**5000, -(10**5000), [1] * 10**6, {"a": "b" * 10**6}):
         assert quoted(value).isprintable()
         assert len(quoted(value)) <= 203
+
+
+def test_the_errors_of_others_are_short_and_can_be_printed() -> None:
+    assert reason(ValueError("unknown `\x1b[2J\x00`\nmore")) == r"unknown `\x1b[2J\x00`"
+    assert reason(KeyError()) == "KeyError"
+    assert len(reason(ValueError("x" * 10**6))) == 300
 
 
 def test_quoting_what_is_nested_too_deeply() -> None:

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-from pifa_vllm.checkpoint import PIFAConfig
+from pifa_vllm.checkpoint import Checkpoint, PIFAConfig
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.plugin.config import PIFAQuantizationConfig
 from tests.edit import copy_edited
@@ -37,6 +37,34 @@ def test_a_local_checkpoint_is_checked_before_the_engine_starts(twins, tmp_path)
     spoilt = copy_edited(twins.pifa, tmp_path / "spoilt", tensors=out_of_range)
     with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor {name}.pivot_rows: .*found 10000"):
         PIFAQuantizationConfig(PIFAConfig(density=0.5, ranks={})).maybe_update_config(str(spoilt))
+
+
+def test_dense_tensors_are_read_once_in_the_dtype_that_is_served(twins, tmp_path, monkeypatch):
+    def make(directory):
+        config = PIFAQuantizationConfig(PIFAConfig(density=0.5, ranks={}))
+        config.maybe_update_config(str(directory))
+        return config
+
+    name = "model.norm.weight"
+    large = copy_edited(twins.pifa, tmp_path / "large", tensors=lambda t: t[name].fill_(1e6))
+    make(large).check_dense(torch.bfloat16)
+    with pytest.raises(
+        CheckpointError, match=rf"model.safetensors: tensor {name} as torch.float16: .*found 64 NaN"
+    ):
+        make(large).check_dense(torch.float16)
+
+    config = make(twins.pifa)
+    config.check_dense(torch.float32)
+    monkeypatch.setattr(Checkpoint, "check_dense", lambda *_: pytest.fail("read again"))
+    config.check_dense(torch.float32)
+
+
+@pytest.mark.parametrize("model", ["", "s3://bucket/model"])
+def test_what_cannot_be_read_here_is_left_to_vllms_loader(model):
+    config = PIFAQuantizationConfig(PIFAConfig(density=0.5, ranks={}))
+    config.maybe_update_config(model or "a/b")
+    config.model = model
+    config.check_dense(torch.float32)
 
 
 def test_a_model_on_a_hub_is_checked_while_loading_only():
