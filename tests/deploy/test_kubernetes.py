@@ -140,8 +140,8 @@ def test_a_pod_has_time_to_drain_and_a_hung_one_is_started_anew_within_a_minute(
     # Until an endpoint that is not ready is out of the way.
     readiness, liveness = container["readinessProbe"], container["livenessProbe"]
     assert readiness["periodSeconds"] * readiness["failureThreshold"] <= before
-    # /health fails after 30 s.
-    assert 30 + liveness["periodSeconds"] * liveness["failureThreshold"] <= 60
+    # Without tokens, one is asked for after 15 s; /health fails after 30 s more.
+    assert 45 + liveness["periodSeconds"] * liveness["failureThreshold"] <= 60
     loads = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
     assert manifests["Deployment"]["spec"]["progressDeadlineSeconds"] > loads
 
