@@ -160,7 +160,7 @@ def test_the_readmes_image_test_is_the_committed_one():
     """Every figure of the table is in the result, and the run went to its end."""
     seen = json.loads((ROOT / "deploy/results/image-test.json").read_text())["seen"]
     seconds = [f"{step['seconds']:.0f} s" for step in seen if "seconds" in step]
-    readme = (ROOT / "deploy/README.md").read_text()
+    readme = (ROOT / "deploy/image_test/README.md").read_text()
     table = readme.partition("| step | seen |")[2].partition("\n\n")[0]
     assert seen[-1]["seen"] == "image test passed"
     # Stopping two seconds after the start takes none to speak of.
