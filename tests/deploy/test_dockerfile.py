@@ -1,6 +1,8 @@
 """What can be known about the images without building them; `make image-test` builds one."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +106,24 @@ def test_base_images_are_known_by_digest():
     """vLLM's is not: see deploy/README.md."""
     (base,) = re.findall(r"^ARG CPU_BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"docker\.io/library/python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
+
+
+def test_digests_are_written_behind_tags(tmp_path):
+    """With a registry that has one manifest for all images."""
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$1 $2 $3 $4" = "buildx imagetools inspect --raw" ] && printf manifest\n')
+    docker.chmod(0o755)
+    compose = tmp_path / "compose.yaml"
+    compose.write_text((ROOT / "deploy/compose.yaml").read_text())
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text(DOCKERFILE)
+    command = [sys.executable, str(ROOT / ".ci/digests.py"), str(dockerfile), str(compose)]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    digest = f"@sha256:{hashlib.sha256(b'manifest').hexdigest()}"
+    found = re.findall(r"^ARG \w+_BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
+    found += re.findall(r"_IMAGE:-(\S+)\}", compose.read_text())
+    assert len(found) == 5
+    assert all(image.endswith(digest) and image.count("@") == 1 for image in found)
 
 
 def test_the_final_stages_are_unprivileged_and_have_no_compiler():
