@@ -1,31 +1,28 @@
 """What is put around vLLM's OpenAI app: one ASGI middleware, `PIFAServer`, added by vLLM's --middleware flag.
 
-vLLM builds the app, with all of its routes, in each of its API server processes, and adds this class last, which
-makes it the outermost layer. When the app starts, this layer adds our routes and metrics to it; when a request
-comes, it checks who may do what and how much of it.
+vLLM builds the app in each of its API server processes, and adds this class last, as the outermost layer. At the
+start it adds routes and metrics; of each request it checks who asks for what, and logs what became of it.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
+from http import HTTPStatus
 
+from pifa_vllm_server.answer import Answer
 from pifa_vllm_server.errors import RefusedError
-from pifa_vllm_server.exchange import Exchange
-from pifa_vllm_server.limits import ClientGoneError, check_body, check_headers, read_body
+from pifa_vllm_server.limits import check_values
 from pifa_vllm_server.logs import POLLED, log_request
-from pifa_vllm_server.routes import routes
+from pifa_vllm_server.routes import add_routes
 from pifa_vllm_server.state import ServerState, open_state
-from pifa_vllm_server.tools import check_tools
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("vllm.pifa_vllm_server")
 
 _POLICY_VIOLATION = 1008  # RFC 6455
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class PIFAServer:
@@ -45,67 +42,64 @@ class PIFAServer:
             await self._live(scope, receive, send)
         elif self.state is not None and scope["type"] == "http":
             await self._serve(self.state, scope, receive, send)
-        elif self.state is not None and scope["type"] == "websocket":
-            try:
-                self.state.access.check("GET", _path(scope), MutableHeaders(scope=scope))
-            except RefusedError:
-                await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
-            else:
-                await self.app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self.state = await open_state(scope["app"])
-            scope["app"].include_router(routes(self.state))
+            state = await open_state(scope["app"])
+            add_routes(scope["app"], state)
         except Exception as error:
             # uvicorn takes an exception for an app without start-up code, and would serve without this layer.
             logger.exception("the server's own part did not start")
             await receive()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
+        self.state = state
         try:
             await self.app(scope, receive, send)
         finally:
-            self.state.stop()
+            state.stop()
 
     async def _serve(self, state: ServerState, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        headers = MutableHeaders(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-            headers["x-request-id"] = request_id
-        exchange = Exchange(receive, send, request_id)
+        answer = Answer(receive, send)
         try:
-            await self._admit(state, scope, headers, exchange, receive)
+            await self._answer(state, scope, answer)
         except RefusedError as refusal:
-            await exchange.refuse(refusal)
-        except ClientGoneError:
-            exchange.client_gone = True
+            await refusal.response()(scope, answer.receive, answer.send)
         finally:
-            if exchange.refusal is not None:
-                state.metrics.rejected.labels(exchange.refusal.reason).inc()
             if scope["path"] not in POLLED:
-                state.metrics.responses.labels(str(int(exchange.outcome))).inc()
-            log_request(scope, exchange, request_id, time.perf_counter() - began)
+                state.metrics.responses.labels(str(answer.outcome)).inc()
+            log_request(scope, answer, time.perf_counter() - began)
 
-    async def _admit(
-        self, state: ServerState, scope: Scope, headers: MutableHeaders, exchange: Exchange, receive: Receive
-    ) -> None:
-        settings, path, method = state.settings, _path(scope), scope["method"]
-        check_headers(len(scope.get("raw_path", b"")) + len(scope["query_string"]), headers, settings)
-        state.access.check(method, path, headers)
+    async def _answer(self, state: ServerState, scope: Scope, answer: Answer) -> None:
+        settings, path, root = state.settings, scope["path"], scope.get("root_path", "").rstrip("/")
+        if root and path.startswith(f"{root}/"):
+            path = path.removeprefix(root)
+        headers = MutableHeaders(scope=scope)
+        state.access.check(scope["method"], path, headers)
+        if state.readiness.stopping and path not in POLLED:
+            raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "The server is stopping.")
         if path == "/metrics":
             await state.refresh()
-        if method in ("GET", "HEAD", "OPTIONS"):
-            await exchange.run(self.app, scope)
-            return
-        with state.slots.take():
-            body = await read_body(receive, settings)
-            await check_tools(check_body(body, settings).get("tools"))
-            await exchange.run(self.app, scope, body, settings.request_timeout)
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+        try:
+            uploads = headers.get("content-type", "").startswith("multipart/")
+            if scope["method"] == "POST" and not uploads:
+                check_values(path, await answer.read(settings.max_body_bytes), settings.max_values)
+            await self.app(scope, answer.receive, answer.send)
+        except RefusedError:
+            raise
+        except Exception as error:
+            if answer.client_gone:
+                return
+            # vLLM answers some of them itself, as a client's mistake.
+            response = await scope["app"].exception_handlers[Exception](Request(scope), error)
+            if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                logger.exception("%s %s failed", scope["method"], ascii(path))
+                text = "The server failed; its log says why."
+                response = RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, text).response()
+            if answer.started:
+                answer.status = HTTPStatus.INTERNAL_SERVER_ERROR
+            else:
+                await response(scope, answer.receive, answer.send)

@@ -9,24 +9,38 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 from pifa_vllm_server import startup
+from pifa_vllm_server.exposure import check_exposure
 from pifa_vllm_server.settings import ServerSettings
 
 from pifa_vllm.errors import PifaError
 
 _POLL_SECONDS = 0.5
+# What vLLM leaves open, by the names of its flags; `pifa-vllm serve --help` shows them.
+DEFAULTS: dict[str, Any] = {
+    "enable_request_id_headers": True,
+    # Prompts that wait take memory.
+    "max_num_queued_tokens": 4 << 20,
+    "shutdown_timeout": 30,
+    # Ours has the request's outcome.
+    "disable_uvicorn_access_log": True,
+}
+# Requests that run or wait, by those that run at most (--max-num-seqs): an autoscaler must see some wait.
+QUEUE = 2
+# Answers to one request (n): as many as OpenAI allows.
+MAX_N = ("VLLM_MAX_N_SEQUENCES", "128")
 
 
 def parse_arguments(model: str, flags: list[str]) -> argparse.Namespace:
-    """Parse `vllm serve MODEL FLAGS`; wrong flags end the process with vLLM's own message.
+    """Parse `vllm serve MODEL FLAGS` with our defaults; wrong flags end the process with vLLM's own message.
 
     Args:
         model: directory or name of the model.
@@ -38,7 +52,8 @@ def parse_arguments(model: str, flags: list[str]) -> argparse.Namespace:
     parser = FlexibleArgumentParser(prog="pifa-vllm")
     subparsers = parser.add_subparsers(dest="subparser")
     (command,) = cmd_init()
-    command.subparser_init(subparsers)
+    # Flags and vLLM's --config win over them. vLLM 0.30 and 0.31 do not look at the limit on tokens.
+    command.subparser_init(subparsers).set_defaults(**DEFAULTS)
     # vLLM reads the process's arguments again where it reports them.
     arguments: argparse.Namespace = parser.parse_args(["serve", model, *flags])
     command.validate(arguments)
@@ -51,15 +66,37 @@ def add_server(arguments: argparse.Namespace, settings: ServerSettings) -> None:
     Args:
         arguments: from `parse_arguments`; changed in place.
         settings: exported to the environment, where API server processes find them.
+
+    Raises:
+        PifaError: for a front end that our layer cannot be put around, and for a server without a key that others
+            would reach.
     """
+    from vllm import envs
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    # getattr: 0.30 and 0.31 lack some.
+    if (
+        arguments.grpc
+        or getattr(arguments, "grpc_port", None)
+        or getattr(envs, "VLLM_USE_RUST_FRONTEND", False)
+    ):
+        raise PifaError(
+            "--grpc, --grpc-port or VLLM_USE_RUST_FRONTEND: expected vLLM's Python HTTP server, the only one that "
+            "API keys for all routes, the allow-list and the metrics of this package are put around. Start others "
+            "with vLLM's own command."
+        )
+    check_exposure(arguments, arguments.api_key or [envs.VLLM_API_KEY or ""], settings)
     os.environ.update(settings.environment())
+    os.environ.setdefault(*MAX_N)
     arguments.middleware = [*arguments.middleware, "pifa_vllm_server.app.PIFAServer"]
-    # Ours has the request's id.
-    arguments.disable_uvicorn_access_log = True
     if not arguments.worker_extension_cls:
         arguments.worker_extension_cls = "pifa_vllm_server.worker.PIFAWorkerExtension"
-    if not arguments.shutdown_timeout:
-        arguments.shutdown_timeout = settings.drain_timeout
+    if getattr(arguments, "max_num_queued_reqs", None) is None:
+        ranks = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+        _, running = AsyncEngineArgs.get_batch_defaults(ranks)
+        at_once = arguments.max_num_seqs or running[UsageContext.OPENAI_API_SERVER]
+        arguments.max_num_queued_reqs = QUEUE * at_once * arguments.data_parallel_size
 
 
 def serve(arguments: argparse.Namespace, on_ready: Callable[[str], None]) -> None:
@@ -93,26 +130,6 @@ def server_url(arguments: argparse.Namespace) -> str:
     shown = f"[{host}]" if ":" in host else host
     root = (getattr(arguments, "root_path", None) or "").rstrip("/")
     return f"{scheme}://{shown}:{arguments.port}{root}"
-
-
-def check_port_is_free(arguments: argparse.Namespace) -> None:
-    """Find out before a minute of loading that another server holds the port.
-
-    Raises:
-        PifaError: naming the port.
-    """
-    if arguments.uds or arguments.port == 0:
-        return
-    with socket.socket(socket.AF_INET6 if ":" in (arguments.host or "") else socket.AF_INET) as probe:
-        # As uvicorn does: connections of a server that has just ended do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((arguments.host or "0.0.0.0", arguments.port))
-        except OSError as error:
-            raise PifaError(
-                f"--port: expected a free one, found {arguments.port} not to be had "
-                f"({error.strerror}). Choose another."
-            ) from error
 
 
 def _announce(url: str, on_ready: Callable[[str], None], done: threading.Event) -> None:

@@ -1,7 +1,7 @@
 """Our Prometheus metrics, beside vLLM's own in the same registry, so that vLLM's /metrics shows both.
 
 Gauges and counters are prometheus_client's, which write to files that all API server processes share where vLLM
-sets PROMETHEUS_MULTIPROC_DIR: `mostrecent` for what is the same in every process, `livesum` and `min` for what is
+sets PROMETHEUS_MULTIPROC_DIR: `mostrecent` for what is the same in every process, `livemin` and `max` for what is
 not, and counters are summed.
 """
 
@@ -10,26 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 if TYPE_CHECKING:
     from pifa_vllm_server.memory import Memory
     from pifa_vllm_server.model import ModelFacts
-    from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
-
-REJECTIONS = (
-    "api_key",
-    "body",
-    "busy",
-    "draining",
-    "headers",
-    "n",
-    "prompt",
-    "route",
-    "slow_client",
-    "timeout",
-    "tools",
-)
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...] = (), mode: str = "mostrecent") -> Gauge:
@@ -92,35 +76,17 @@ class ServerMetrics:
         self.probes = Counter(
             "pifa_readiness_probes", "Tokens generated to see that the engine still works.", ["outcome"]
         )
-        self.prompt_tokens = Counter(
-            "pifa_prompt_tokens", "Prompt tokens processed, readiness probes included."
-        )
-        self.generation_tokens = Counter(
-            "pifa_generation_tokens", "Tokens generated, readiness probes included."
-        )
-        self.active = _gauge(
-            "pifa_requests_active", "Requests that hold one of max_concurrent_requests.", mode="livesum"
-        )
-        self.active_limit = _gauge(
-            "pifa_requests_active_limit", "max_concurrent_requests over all processes.", mode="livesum"
-        )
-        self.rejected = Counter(
-            "pifa_requests_rejected", "Requests refused or given up by the server's limits.", ["reason"]
-        )
         self.responses = Counter(
             "pifa_responses",
-            "Answers as their clients saw them, by HTTP status: 499 if the client left before the end, 504 also "
-            "for a stream that was broken off. Probes, /metrics and /pifa/info are not counted.",
+            "Answers as their clients saw them, by HTTP status: 499 if the client left before the end, 500 also "
+            "for an error inside a stream. Probes, /metrics and /pifa/info are not counted.",
             ["status"],
         )
         # Series exist from the start, so that rates over them have a beginning.
         for outcome in ("ok", "failed"):
             self.probes.labels(outcome)
-        for reason in REJECTIONS:
-            self.rejected.labels(reason)
-        for status in ("200", "500", "503", "504"):
+        for status in ("200", "401", "500", "503"):
             self.responses.labels(status)
-        self.active.set(0)
         self.ready.set(0)
 
     def describe(self, facts: ModelFacts) -> None:
@@ -145,42 +111,3 @@ class ServerMetrics:
         for (engine, rank), parts in memory.ranks.items():
             for part, nbytes in parts.items():
                 self.device.labels(str(engine), str(rank), part).set(nbytes)
-
-
-class TokenCounter(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is not followed by mypy
-    """Counts tokens where vLLM's own statistics pass by, and remembers that there were some.
-
-    Attributes:
-        generated: tokens since the process started.
-    """
-
-    def __init__(self, metrics: ServerMetrics) -> None:
-        self.generated = 0
-        self._metrics = metrics
-
-    def record(
-        self,
-        scheduler_stats: SchedulerStats | None,
-        iteration_stats: IterationStats | None,
-        mm_cache_stats: MultiModalCacheStats | None = None,
-        engine_idx: int = 0,
-    ) -> None:
-        """Take one step's numbers."""
-        if iteration_stats is None:
-            return
-        self.generated += iteration_stats.num_generation_tokens
-        self._metrics.prompt_tokens.inc(iteration_stats.num_prompt_tokens)
-        self._metrics.generation_tokens.inc(iteration_stats.num_generation_tokens)
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
-
-
-def count_tokens(engine_client: object, metrics: ServerMetrics) -> TokenCounter | None:
-    """Put a counter among vLLM's statistics loggers; None where --disable-log-stats turned them off."""
-    manager = getattr(engine_client, "logger_manager", None)
-    if manager is None:
-        return None
-    counter = TokenCounter(metrics)
-    manager.stat_loggers.append(counter)
-    return counter

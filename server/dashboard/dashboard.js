@@ -127,11 +127,11 @@ function update(metrics) {
   show("waiting", number(waiting));
   show("kv-usage", `${(100 * total(metrics, "vllm:kv_cache_usage_perc")).toFixed(1)} %`);
   show("kv-tokens", `of ${total(metrics, "pifa_kv_cache_tokens").toLocaleString("en")} tokens`);
-  show("refused", number(total(metrics, "pifa_requests_rejected_total")));
+  show("refused", number(total(metrics, "vllm:admission_rejections_total")));
   if (readings.length < 2) return;
   const before = readings[Math.max(0, readings.length - 1 - RATE_WINDOW)];
-  const prompt = rate(before, now, "pifa_prompt_tokens_total");
-  const generation = rate(before, now, "pifa_generation_tokens_total");
+  const prompt = rate(before, now, "vllm:prompt_tokens_total");
+  const generation = rate(before, now, "vllm:generation_tokens_total");
   show("prompt-rate", number(prompt));
   show("generation-rate", number(generation));
   const percentiles = (name) => [0.5, 0.95, 0.99].map((q) => quantile(readings[0], now, name, q));

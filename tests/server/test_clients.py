@@ -116,8 +116,8 @@ def test_tools(client, checkpoint):
 def test_errors_are_the_clients_exceptions(client):
     with pytest.raises(openai.NotFoundError, match="another"):
         client.chat.completions.create(model="another", messages=MESSAGES)
-    with pytest.raises(openai.BadRequestError, match="at most 16"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, n=1000)
+    with pytest.raises(openai.BadRequestError, match="16"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, n=17)
 
 
 def test_langchain(server):

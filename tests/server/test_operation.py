@@ -1,9 +1,8 @@
-"""Two API server processes, two ranks, a key, short timeouts and JSON logs: what an operator relies on."""
+"""Two API server processes, two ranks, a key and JSON logs: what an operator relies on."""
 
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 
@@ -30,10 +29,8 @@ def pair(checkpoint, tmp_path_factory):
         tmp_path_factory.mktemp("log") / "server.log",
         *("--api-server-count", "2", "--tensor-parallel-size", "2", "--max-model-len", "512"),
         *("--api-key", KEY["Authorization"].removeprefix("Bearer ")),
-        *(() if vllm_before("0.32") else ("--logging-config.formatter", "json")),
-        *("--server.max-concurrent-requests", "64", "--server.request-timeout", "20"),
-        *("--server.body-timeout", "2", "--server.ready-interval", "1000"),
-        PIFA_SERVER_DRAIN_TIMEOUT="20",
+        *("--server.probe-interval", "1000", "--shutdown-timeout", "20"),
+        PIFA_SERVER_LOG_FORMAT="text" if vllm_before("0.32") else "json",
     )
     try:
         running.wait()
@@ -78,11 +75,9 @@ def test_metrics_are_those_of_all_processes(pair):
     values = set()
     for _ in range(6):
         metrics = pair.metrics(**KEY)
-        values.add(metrics.total("pifa_generation_tokens_total"))
-    assert values == {before.total("pifa_generation_tokens_total") + 36}
+        values.add(metrics.total("vllm:generation_tokens_total"))
+    assert values == {before.total("vllm:generation_tokens_total") + 36}
     assert len(metrics.labels("pifa_density_ratio")) == 1
-    assert metrics.total("pifa_requests_active_limit") == 64
-    assert metrics.total("pifa_requests_active") == 0
     assert metrics.total("pifa_ready") == 1
     assert metrics.total("pifa_device_memory_bytes", part="kv_cache") == metrics.total("pifa_kv_cache_bytes")
     assert metrics.total("pifa_process_resident_bytes") == pytest.approx(pair.resident(), rel=0.1)
@@ -126,10 +121,10 @@ def test_logs_are_json_with_ids_and_without_prompts(pair):
     (line,) = found
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert line["seconds"] > 0
-    # An id that could forge a line of the log is replaced.
-    forged = httpx.get(f"{pair.url}/v1/models", headers={**KEY, "X-Request-Id": "a b{"}, timeout=60)
-    assert forged.headers["x-request-id"] != "a b{"
+    # An id that could forge a line of the log is not written.
+    assert httpx.get(f"{pair.url}/v1/models", headers={**KEY, "X-Request-Id": "a b{"}, timeout=60).is_success
     text = pair.log.read_text()
+    assert "a b{" not in text
     assert PROMPT not in text
     assert "secret-of-the-test" not in text
     lines = [line for line in text.splitlines() if line.startswith("{")]
@@ -137,32 +132,19 @@ def test_logs_are_json_with_ids_and_without_prompts(pair):
     assert any("starting" in line for line in lines)
 
 
-def test_slow_senders_are_cut_off(pair):
-    body = b'{"model": "tiny"'
-    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: {KEY['Authorization']}"]
-    head = "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: 1000", "", ""]).encode()
-    for sent in (head + body, b"POST /v1/completions HTTP/1.1\r\nHost:", b""):
-        with socket.create_connection(("127.0.0.1", pair.port), timeout=60) as connection:
-            connection.sendall(sent)
-            assert connection.recv(100).startswith(b"HTTP/1.1 408")
-
-
-def test_long_requests_are_given_up(pair, checkpoint):
-    # Longer than the server's limit on this machine: many answers of the full context.
-    metrics = pair.metrics(**KEY)
-    timeouts = metrics.total("pifa_requests_rejected_total", reason="timeout")
-    request = {"model": "tiny", "prompt": ["Hi"] * 64, "n": 16, "max_tokens": 500, "ignore_eos": True}
-    response = httpx.post(f"{pair.url}/v1/completions", json=request, headers=KEY, timeout=120)
-    assert_openai_error(response, 504, "Given up after 20 s")
-    deadline = time.monotonic() + 60
-    while pair.metrics(**KEY).total("vllm:num_requests_running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    metrics = pair.metrics(**KEY)
-    assert metrics.total("pifa_requests_rejected_total", reason="timeout") > timeouts
-    # vLLM's own http_requests_total takes them for answers with nothing in them.
-    assert metrics.total("pifa_responses_total", status="504") > 0
-    assert post(pair).status_code == 200
+def test_methods_that_a_route_does_not_have(pair):
+    """The eight first tests of the review, on a running server: OPTIONS /metrics gave every metric to anybody."""
+    for path in ("/metrics", "/metrics/", "/metricsx", "/v1/models", "/dashboard", "/v1/completions"):
+        for method in ("OPTIONS", "HEAD", "PUT", "GET", "POST", "TRACE"):
+            response = httpx.request(method, f"{pair.url}{path}", timeout=60)
+            assert response.status_code in (401, 404, 405), (method, path)
+            assert "vllm:" not in response.text
+    asked = {"Origin": "http://a", "Access-Control-Request-Method": "GET"}
+    assert "vllm:" not in httpx.options(f"{pair.url}/metrics", headers=asked, timeout=60).text
+    for origin in ("http://[", "[", "http://a"):
+        sent = {"Origin": origin, "Authorization": "Basic eDp5"}
+        assert httpx.get(f"{pair.url}/v1/models", headers=sent, timeout=60).status_code == 401
+    assert "Traceback" not in pair.log.read_text()
 
 
 def test_sigterm_lets_running_requests_finish(pair):
@@ -175,7 +157,11 @@ def test_sigterm_lets_running_requests_finish(pair):
         lines = response.iter_lines()
         next(lines)
         stopping.start()
+        late = set()
+        while 503 not in late and stopping.is_alive():
+            late.add(httpx.get(f"{pair.url}/ready", timeout=60).status_code)
         rest = list(lines)
+    assert 503 in late
     assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
     assert sum(line.startswith("data: {") for line in rest) > 90
     stopping.join(120)

@@ -1,6 +1,6 @@
 """What our layer costs: the same checkpoint behind `pifa-vllm serve` and behind bare vLLM, in one run.
 
-    python -m pifa_vllm_server.overhead DIR --output overhead.json
+    python -m pifa_vllm.bench.overhead DIR --output overhead.json
 
 Both servers are started before anything is measured. Requests go to them in turn, so that whatever else slows the
 machine slows both, and the one that is not asked is halted. Bare vLLM is its own API server module with the same

@@ -14,11 +14,10 @@ import pytest
 pytest.importorskip("httpx")
 pytest.importorskip("pydantic_settings")
 
-from pifa_vllm_server.overhead import cpu_seconds, main, summarize
-
+from pifa_vllm.bench.overhead import cpu_seconds, main, summarize
 from pifa_vllm.served import ServerProcess
 
-ROOT = Path(__file__).parents[2] / "server"
+ROOT = Path(__file__).parents[2]
 
 
 def measured(ttft, request_cpu, rates, token_cpu):
@@ -93,7 +92,7 @@ def test_nothing_to_measure_is_refused(flag, monkeypatch, capsys):
 
 
 def test_readme_gives_the_committed_result():
-    path, text = ROOT / "results" / "overhead.json", (ROOT / "README.md").read_text()
+    path, text = ROOT / "pifa_vllm/bench/results/overhead.json", (ROOT / "server/README.md").read_text()
     if not path.exists():
         assert "Not yet measured" in text
         return

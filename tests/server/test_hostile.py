@@ -1,0 +1,27 @@
+"""Hostile clients get an answer that is none of the server's own failures, and honest ones get theirs."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.server.hostile import ATTACKS, attacked, fuzzed, honest
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks(server, name):
+    found = attacked(server.url, ATTACKS[name])
+    assert found["honest status"] == 200
+    # 503: no room in the queue, whoever asks.
+    assert found["status"] < 500 or found["status"] == 503, found
+
+
+def test_fuzzed_requests(server):
+    pytest.importorskip("schemathesis")
+    found = fuzzed(server.url, 200)
+    assert found["requests"] >= 200
+    assert not [failure for failure in found["failures"] if " 503 " not in failure]
+    assert honest(server.url)[0] == 200
