@@ -22,8 +22,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger("vllm.pifa_vllm_server")
 
-_POLICY_VIOLATION = 1008  # RFC 6455
-
 
 class PIFAServer:
     """The outermost layer.
@@ -43,7 +41,7 @@ class PIFAServer:
         elif self.state is not None and scope["type"] == "http":
             await self._serve(self.state, scope, receive, send)
         else:
-            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            await send({"type": "websocket.close", "code": 1008})  # policy violation (RFC 6455)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pifa_vllm_server.model import ModelFacts
 
 
-def _gauge(name: str, text: str, labels: tuple[str, ...] = (), mode: str = "mostrecent") -> Gauge:
+def _gauge(name: str, text: str, *labels: str, mode: str = "mostrecent") -> Gauge:
     return Gauge(name, text, labels, multiprocess_mode=mode)  # type: ignore[arg-type]  # a Literal there
 
 
@@ -24,45 +24,17 @@ class ServerMetrics:
     """The metrics of one API server process. One instance per process: the registry refuses a second."""
 
     def __init__(self) -> None:
-        self.build = _gauge(
-            "pifa_build_info", "Versions, always 1.", ("version", "vllm", "torch", "transformers", "python")
-        )
-        self.model = _gauge(
-            "pifa_model_info",
-            "The model, always 1: the kernel of its linear layers and the dtype it computes in.",
-            ("model_name", "quantization", "backend", "dtype"),
-        )
-        self.weight_bytes = _gauge(
-            "pifa_weight_bytes",
-            "Bytes of the model's weights in the served dtype: form=compressed as served, form=dense what the "
-            "dense model it was made from would take. Copies that tensor-parallel ranks keep are not counted.",
-            ("form",),
-        )
-        self.density = _gauge(
-            "pifa_density_ratio", "Kept / dense parameters of the compressible linear modules, 1 if dense."
-        )
-        self.modules = _gauge("pifa_modules", "Linear modules of the decoder layers.", ("kind", "form"))
-        self.kv_bytes = _gauge("pifa_kv_cache_bytes", "Bytes of the KV cache, over all engines and ranks.")
-        self.kv_tokens = _gauge("pifa_kv_cache_tokens", "Tokens that fit into the KV cache.")
-        self.kv_gained_bytes = _gauge(
-            "pifa_kv_cache_gained_bytes",
-            "Bytes that the compression frees for the KV cache: dense weights less compressed ones.",
-        )
-        self.kv_gained_tokens = _gauge(
-            "pifa_kv_cache_gained_tokens",
-            "Tokens that fit into the freed bytes, more than with the dense model in the same memory.",
-        )
         self.resident = _gauge(
             "pifa_process_resident_bytes",
             "Resident memory of the server's processes, summed by role; shared pages count in each.",
-            ("role",),
+            "role",
         )
         self.device = _gauge(
             "pifa_device_memory_bytes",
             "Memory by engine and rank. part=total is the device's, or on a CPU the machine's (or the container's "
             "limit); part=weights and part=kv_cache are the rank's tensors; part=other is what else is in use on "
             "that device, by whatever process.",
-            ("engine", "rank", "part"),
+            *("engine", "rank", "part"),
         )
         self.load_seconds = _gauge(
             "pifa_load_seconds", "Seconds from the start of the server until the engine was up.", mode="max"
@@ -89,21 +61,6 @@ class ServerMetrics:
             self.responses.labels(status)
         self.ready.set(0)
 
-    def describe(self, facts: ModelFacts) -> None:
-        """Set what stays as it is while the server runs."""
-        self.build.labels(**facts.versions).set(1)
-        self.model.labels(facts.name, facts.quantization, facts.backend, facts.dtype).set(1)
-        if facts.weights is not None:
-            self.weight_bytes.labels("compressed").set(facts.weights.compressed_bytes)
-            self.weight_bytes.labels("dense").set(facts.weights.dense_bytes)
-            self.density.set(facts.weights.density)
-            for (kind, form), count in facts.weights.modules_by_kind().items():
-                self.modules.labels(kind, form).set(count)
-        self.kv_bytes.set(facts.kv_cache_bytes)
-        self.kv_tokens.set(facts.kv_cache_tokens)
-        self.kv_gained_bytes.set(facts.kv_gained_bytes)
-        self.kv_gained_tokens.set(facts.kv_gained_tokens)
-
     def update(self, memory: Memory) -> None:
         """Set what changes."""
         for role, nbytes in memory.resident.items():
@@ -111,3 +68,34 @@ class ServerMetrics:
         for (engine, rank), parts in memory.ranks.items():
             for part, nbytes in parts.items():
                 self.device.labels(str(engine), str(rank), part).set(nbytes)
+
+
+def describe(facts: ModelFacts) -> None:
+    """Set what stays as it is while the server runs; once per process."""
+    text = "Versions, always 1."
+    _gauge("pifa_build_info", text, *facts.versions).labels(*facts.versions.values()).set(1)
+    text = "The model, always 1: the kernel of its linear layers and the dtype it computes in."
+    model = _gauge("pifa_model_info", text, "model_name", "quantization", "backend", "dtype")
+    model.labels(facts.name, facts.quantization, facts.backend, facts.dtype).set(1)
+    text = "Bytes of the KV cache, over all engines and ranks."
+    _gauge("pifa_kv_cache_bytes", text).set(facts.kv_cache_bytes)
+    text = "Tokens that fit into the KV cache."
+    _gauge("pifa_kv_cache_tokens", text).set(facts.kv_cache_tokens)
+    text = "Bytes that the compression frees for the KV cache: dense weights less compressed ones."
+    _gauge("pifa_kv_cache_gained_bytes", text).set(facts.kv_gained_bytes)
+    text = "Tokens that fit into the freed bytes, more than with the dense model in the same memory."
+    _gauge("pifa_kv_cache_gained_tokens", text).set(facts.kv_gained_tokens)
+    if (weights := facts.weights) is None:
+        return
+    text = "Kept / dense parameters of the compressible linear modules, 1 if dense."
+    _gauge("pifa_density_ratio", text).set(weights.density)
+    text = (
+        "Bytes of the model's weights in the served dtype: form=compressed as served, form=dense what the dense "
+        "model it was made from would take. Copies that tensor-parallel ranks keep are not counted."
+    )
+    nbytes = _gauge("pifa_weight_bytes", text, "form")
+    nbytes.labels("compressed").set(weights.compressed_bytes)
+    nbytes.labels("dense").set(weights.dense_bytes)
+    modules = _gauge("pifa_modules", "Linear modules of the decoder layers.", "kind", "form")
+    for (kind, form), count in weights.modules_by_kind().items():
+        modules.labels(kind, form).set(count)

@@ -23,57 +23,18 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class LinearModule:
-    """One linear module [m, n] of a decoder layer.
-
-    Attributes:
-        rank: None where it is dense.
-        parameters: kept numbers, without indices and bias.
-    """
-
-    name: str
-    m: int
-    n: int
-    rank: int | None
-    parameters: int
-
-    @property
-    def kind(self) -> str:
-        """The last part of the name, such as q_proj."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def layer(self) -> int:
-        """The number of its decoder layer."""
-        found = _LAYER.search(self.name)
-        return int(found.group(1)) if found else 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "layer": self.layer,
-            "shape": [self.m, self.n],
-            "rank": self.rank,
-            "parameters": self.parameters,
-            "density": self.parameters / (self.m * self.n),
-        }
-
-
-@dataclass(frozen=True)
 class Weights:
     """A checkpoint's weights in the dtype they are served in.
 
     Attributes:
         config: the PIFA section, None if the model is dense.
-        modules: the linear modules of the decoder layers.
+        modules: the linear modules of the decoder layers, as /pifa/info lists them; `rank` is None if dense.
         compressed_bytes: of all tensors as they are, indices included.
         dense_bytes: of the dense model's tensors.
     """
 
     config: PIFAConfig | None
-    modules: tuple[LinearModule, ...]
+    modules: list[dict[str, Any]]
     compressed_bytes: int
     dense_bytes: int
 
@@ -84,7 +45,7 @@ class Weights:
 
     def modules_by_kind(self) -> Counter[tuple[str, str]]:
         """Count (kind, "compressed" or "dense")."""
-        return Counter((m.kind, "dense" if m.rank is None else "compressed") for m in self.modules)
+        return Counter((m["kind"], "dense" if m["rank"] is None else "compressed") for m in self.modules)
 
 
 def read_weights(directory: Path, dtype: torch.dtype) -> Weights:
@@ -100,21 +61,34 @@ def read_weights(directory: Path, dtype: torch.dtype) -> Weights:
     checkpoint = Checkpoint.open(directory) if is_pifa(directory) else None
     shards = Shards(directory) if checkpoint is None else checkpoint.shards
     compressed = {} if checkpoint is None else checkpoint.modules
-    modules = [LinearModule(e.name, e.m, e.n, e.rank, e.parameters) for e in compressed.values()]
+    modules = [_module(e.name, e.m, e.n, e.rank, e.parameters) for e in compressed.values()]
     nbytes = 0
     for name, entry in shards.entries.items():
         nbytes += entry.served_nbytes(dtype)
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and len(entry.shape) == 2 and _LAYER.search(name):
-            modules.append(LinearModule(module, *entry.shape, None, entry.shape[0] * entry.shape[1]))
+            modules.append(_module(module, *entry.shape, None, entry.shape[0] * entry.shape[1]))
     indices = sum(e.rank for e in compressed.values()) * torch.int32.itemsize
     saved = sum(e.m * e.n - e.parameters for e in compressed.values()) * dtype.itemsize
     return Weights(
         config=None if checkpoint is None else checkpoint.config,
-        modules=tuple(sorted(modules, key=lambda m: (m.layer, m.name))),
+        modules=sorted(modules, key=lambda m: (m["layer"], m["name"])),
         compressed_bytes=nbytes,
         dense_bytes=nbytes - indices + saved,
     )
+
+
+def _module(name: str, m: int, n: int, rank: int | None, parameters: int) -> dict[str, Any]:
+    found = _LAYER.search(name)
+    return {
+        "name": name,
+        "kind": name.rpartition(".")[2],
+        "layer": int(found[1]) if found else 0,
+        "shape": [m, n],
+        "rank": rank,
+        "parameters": parameters,
+        "density": parameters / (m * n),
+    }
 
 
 @dataclass(frozen=True)
@@ -164,7 +138,7 @@ class ModelFacts:
                 "density": self.weights.density,
                 "compressed_bytes": self.weights.compressed_bytes,
                 "dense_bytes": self.weights.dense_bytes,
-                "modules": [module.to_dict() for module in self.weights.modules],
+                "modules": self.weights.modules,
                 "provenance": {} if config is None else config.provenance,
             }
         return {

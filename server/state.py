@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pifa_vllm_server.access import Access
 from pifa_vllm_server.exposure import check_exposure, warn_of_what_is_open
 from pifa_vllm_server.memory import measure
-from pifa_vllm_server.metrics import ServerMetrics
+from pifa_vllm_server.metrics import ServerMetrics, describe
 from pifa_vllm_server.model import ModelFacts, gather
 from pifa_vllm_server.readiness import Readiness
 from pifa_vllm_server.settings import ServerSettings
@@ -90,7 +90,7 @@ async def open_state(app: FastAPI) -> ServerState:
     metrics = ServerMetrics()
     workers = await ask_workers(engine)
     facts = gather(engine.vllm_config, workers)
-    metrics.describe(facts)
+    describe(facts)
     metrics.load_seconds.set(time.time() - started_at())
     config = app.state.server.config
     # uvicorn alone waits for ever for a client that does not read its answer.

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pifa_vllm_server.cpu import set_cpu_defaults
 from pifa_vllm_server.launch import parse_arguments
 from pifa_vllm_server.model import versions
 
 from pifa_vllm.bench.quality import describe_machine
+from pifa_vllm.cli.cpu import set_cpu_defaults
 from pifa_vllm.served import ServerProcess, free_port
 
 _SERVERS = ("pifa-vllm", "vllm")

@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     # Dense models, too: which of vLLM's Python entry points start its server depends on the version.
     check_vllm(vllm.__version__)
 
-    from pifa_vllm_server.cpu import check_shared_memory, set_cpu_defaults
     from pifa_vllm_server.launch import add_server, parse_arguments, serve
+
+    from pifa_vllm.cli.cpu import check_shared_memory, set_cpu_defaults
 
     settings = args.settings(args)
     flags = settings.flags() + args.extra + dtype_default(model, args.extra) + drafting

@@ -48,7 +48,7 @@ def logged(server):
     """The log's lines about requests, as objects."""
     found = []
     for line in server.log.read_text().splitlines():
-        if line.startswith("{") and "request_id" in line:
+        if line.startswith("{") and '"request_id"' in line:
             found.append(json.loads(line))
     return found
 

@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from pifa_vllm_server import cpu
-from pifa_vllm_server.cpu import check_shared_memory, set_cpu_defaults
 from pifa_vllm_server.memory import Usage
 from vllm.platforms import current_platform
 
+from pifa_vllm.cli import cpu
+from pifa_vllm.cli.cpu import check_shared_memory, set_cpu_defaults
 from pifa_vllm.errors import PifaError
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="defaults for CPUs only")
