@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ from tests.attacks import fuzz
 from pifa_vllm.checkpoint import files, validate
 
 files.json = types.SimpleNamespace(loads=files.json.loads)
-fuzz._BATCH = fuzz._SECONDS = 1
+fuzz._BATCH, fuzz._SECONDS = 1, 3
 once = fuzz.Fuzzer._try
 breaks = [os.abort, lambda: time.sleep(60), lambda: 1 / 0, lambda: bytearray(1 << 40)]
 
@@ -74,9 +75,9 @@ fuzz.Fuzzer._try = attempt
 def test_the_fuzzer_finds_what_is_broken(tmp_path: Path) -> None:
     found = run_fuzzer(150, tmp_path / "fuzz.json", before=BREAK)
     whats = [one["what"] for one in found["findings"]]
-    for number, part in enumerate(("status 6", "status 14", "ZeroDivisionError", "MemoryError")):
+    for number, part in enumerate(("status 6", "status 14|hung", "ZeroDivisionError", "MemoryError")):
         assert found["findings"][number]["number"] == number
-        assert part in whats[number]
+        assert re.search(part, whats[number])
     assert any("another meaning: sizes" in what for what in whats)
 
 

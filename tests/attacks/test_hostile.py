@@ -73,11 +73,8 @@ def test_the_committed_table_is_of_these_attacks_and_shows_no_problem() -> None:
     "name",
     [
         "num_hidden_layers 10000000",
-        "num_attention_heads 0",
         "layers of 5,000 digits",
         "FIFO in place of config.json",
-        "auto_map and its Python file",
-        "rank of 4,000 digits",
         "name that clears the screen",
     ],
 )
