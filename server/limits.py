@@ -38,7 +38,7 @@ def check_values(path: str, body: bytes, limit: int) -> None:
     count = 0
     while pending:
         name, value = pending.pop()
-        if isinstance(value, list) and not (name in tokens and set(map(type, value)) <= {int}):
+        if isinstance(value, list) and not (name in tokens and _token_ids(value)):
             inner: Iterable[tuple[str, Any]] = ((name, item) for item in value)
         elif isinstance(value, dict):
             inner = value.items()
@@ -49,3 +49,7 @@ def check_values(path: str, body: bytes, limit: int) -> None:
             text = f"Expected a body of at most {limit} values beside token ids, found more."
             raise RefusedError(HTTPStatus.BAD_REQUEST, text)
         pending.extend(inner)
+
+
+def _token_ids(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0

@@ -158,6 +158,22 @@ def killed(server: Server, name: str) -> dict[str, Any]:
     }
 
 
+def full_log_disk(server: Server) -> dict[str, Any]:
+    """Nothing that is written to a file finds room any more."""
+    size = server.log.stat().st_size
+    root = psutil.Process(server.process.pid)
+    for process in [root, *root.children(recursive=True)]:
+        process.rlimit(psutil.RLIMIT_FSIZE, (size, size))
+    with load(server, 4, max_tokens=50) as outcomes:
+        told = ready(server)
+    return {
+        "outcomes": dict(outcomes),
+        "bytes logged since": server.log.stat().st_size - size,
+        "ready": told,
+        "lost": 4 - outcomes["finished"],
+    }
+
+
 def port_in_use(checkpoint: Path, log: Path) -> dict[str, Any]:
     """Another server holds the port."""
     began = time.monotonic()
@@ -187,8 +203,8 @@ def main() -> None:
         save_tiny_model(root / "dense", hidden=128, intermediate=176)
         save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
 
-        def do(faults: dict[str, Callable[[Server], dict[str, Any]]], *flags: str, **options: Any) -> None:
-            server = Server(root / "pifa", root / "server.log", *FLAGS, *flags, **options)
+        def do(faults: dict[str, Callable[[Server], dict[str, Any]]], *flags: str) -> None:
+            server = Server(root / "pifa", root / "server.log", *FLAGS, *flags)
             try:
                 server.wait()
                 for name, fault in faults.items():
@@ -208,11 +224,7 @@ def main() -> None:
             },
             *SMALL_CACHE,
         )
-        do({"engine process killed": lambda s: killed(s, "EngineCore")}, log_disk_full=True)
-        found["log disk full"] = {
-            "outcome": "the server above logged to a full disk: started, answered",
-            "lost": 0,
-        }
+        do({"log disk full": full_log_disk, "engine process killed": lambda s: killed(s, "EngineCore")})
         do({"worker killed, two ranks": lambda s: killed(s, "Worker")}, "--tensor-parallel-size", "2")
         found["port in use"] = port_in_use(root / "pifa", root / "port.log")
     args.output.write_text(

@@ -14,13 +14,17 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 
+from pifa_vllm.served import ServerProcess, free_port
 from tests.server.serving import Server
 
+# vLLM's own API server, without this package's.
+BARE = ("vllm.entrypoints.launchers.api_server.entry", "--model")
 _MB = 1 << 20
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 _HI = [{"role": "user", "content": "Hi"}]
@@ -157,17 +161,17 @@ def attacked(url: str, attack: Attack) -> dict[str, Any]:
     return {"status": found[0][0], "answer": found[0][1], "honest status": status, "honest seconds": seconds}
 
 
-def slow_clients(port: int, url: str, count: int = 200) -> dict[str, Any]:
+def slow_clients(port: int, url: str, clients: int = 200) -> dict[str, Any]:
     """Clients that send half of a request and then nothing."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     body = head + b'Content-Length: 9999\r\n\r\n{"'
     halves = (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-A: ", body, b"")
     with ExitStack() as stack:
-        for i in range(count):
+        for i in range(clients):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             connection.sendall(halves[i % len(halves)])
         status, seconds = honest(url)
-    return {"clients": count, "honest status": status, "honest seconds": seconds}
+    return {"clients": clients, "honest status": status, "honest seconds": seconds}
 
 
 def fuzzed(url: str, requests: int) -> dict[str, Any]:
@@ -177,39 +181,37 @@ def fuzzed(url: str, requests: int) -> dict[str, Any]:
         How many, the statuses, and what was answered with 500 or more.
     """
     import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, given, seed, settings
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     statuses: Counter[str] = Counter()
-    failures: list[str] = []
-    each = -(-requests // len(operations))
+    failures: Counter[str] = Counter()
+    quiet = settings(
+        max_examples=max(1, min(40, requests // len(operations))),
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
-    def fuzz(operation: Any) -> None:
-        def one(case: Any) -> None:
-            try:
-                response = case.call(base_url=url, timeout=60)
-            except Exception as error:  # what the client cannot send is no answer of the server
-                statuses[type(error).__name__] += 1
-                return
-            statuses[str(response.status_code)] += 1
-            if response.status_code >= 500 and len(failures) < 20:
-                failures.append(f"{case.method} {case.path} {response.status_code} {response.text[:200]}")
+    def one(case: Any) -> None:
+        try:
+            response = case.call(base_url=url, timeout=60)
+        except Exception as error:  # what the client cannot send is no answer of the server
+            statuses[type(error).__name__] += 1
+            return
+        statuses[str(response.status_code)] += 1
+        if response.status_code >= 500:
+            failures[f"{case.method} {case.path} {response.status_code} {response.text[:120]}"] += 1
 
-        quiet = settings(
-            max_examples=each,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )
-        given(case=operation.as_strategy())(quiet(one))()
-
-    for operation in operations:
-        fuzz(operation)
+    for turn in count():
+        for operation in operations:
+            seed(turn)(given(case=operation.as_strategy())(quiet(one)))()
+        if statuses.total() >= requests:
+            break
     return {
-        "requests": sum(statuses.values()),
+        "requests": statuses.total(),
         "operations": len(operations),
         "statuses": statuses,
         "failures": failures,
@@ -250,6 +252,21 @@ def main() -> None:
         between = server.resident()
         fuzz = fuzzed(url, args.requests)
         status, seconds = honest(url)
+        after = server.resident()
+        log = server.log.read_text()
+        server.stop()
+        # What is answered with an error of the server must be one of vLLM's alone.
+        failing = [name for name, found in attacks.items() if found.get("status", 200) >= 500]
+        with ServerProcess(
+            root / "pifa",
+            free_port(),
+            root / "bare.log",
+            ["--served-model-name", "tiny", *flags],
+            module=BARE,
+        ) as bare:
+            bare.wait_until_ready()
+            for name in failing:
+                attacks[name]["bare vLLM's status"] = send(bare.url, ATTACKS[name])[0]
         report = {
             "command": "python -m tests.server.hostile",
             "honest seconds": {
@@ -259,13 +276,12 @@ def main() -> None:
             "resident MB": {
                 "before": before >> 20,
                 "after the attacks": between >> 20,
-                "after the fuzzing": server.resident() >> 20,
+                "after the fuzzing": after >> 20,
             },
-            "tracebacks in the log": server.log.read_text().count("Traceback"),
+            "tracebacks in the log": log.count("Traceback"),
             "attacks": attacks,
             "fuzzing": {**fuzz, "honest status": status, "honest seconds": seconds},
         }
-        stack.callback(server.stop)
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({k: v for k, v in report.items() if k != "attacks"}, indent=1))

@@ -10,6 +10,7 @@ from tests.server.faults import (
     FLAGS,
     SMALL_CACHE,
     full_kv_cache,
+    full_log_disk,
     hung_engine,
     killed,
     port_in_use,
@@ -51,13 +52,15 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(small):
     assert "Traceback" not in small.log.read_text()
 
 
-def test_an_engine_that_is_killed_ends_the_server_even_with_a_full_log(checkpoint, tmp_path):
-    server = Server(checkpoint, tmp_path / "server.log", *FLAGS, log_disk_full=True)
+def test_a_full_log_disk_stops_nothing_and_a_killed_engine_ends_the_server(checkpoint, tmp_path):
+    server = Server(checkpoint, tmp_path / "server.log", *FLAGS)
     try:
         server.wait()
+        full = full_log_disk(server)
         found = killed(server, "EngineCore")
     finally:
         server.process.kill()
+    assert (full["lost"], full["bytes logged since"], full["ready"]) == (0, 0, 200)
     assert not found["outcomes"].get("ReadTimeout")
     assert sum(found["outcomes"].values()) == 4
 

@@ -46,6 +46,7 @@ def test_token_ids_are_not(path, name):
     passes(path, {name: list(range(1000))})
     assert refused(path, {name: [*range(1000), True]})
     assert refused(path, {name: [*range(1000), 1.5]})
+    assert refused(path, {name: [*range(1000), -1]})
     assert refused(path, {"messages": list(range(1000))})
 
 

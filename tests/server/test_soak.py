@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -33,4 +35,5 @@ def test_half_an_hour(server):
 def test_two_thousand_fuzzed_requests(server):
     found = fuzzed(server.url, 2000)
     assert found["requests"] >= 2000
-    assert not [failure for failure in found["failures"] if " 503 " not in failure]
+    # No room, or not this model's: vLLM's own words.
+    assert not [failure for failure in found["failures"] if not re.search(" 50[13] ", failure)]
