@@ -207,7 +207,14 @@ def fuzzed(url: str, requests: int) -> dict[str, Any]:
 
     for turn in count():
         for operation in operations:
-            seed(turn)(given(case=operation.as_strategy())(quiet(one)))()
+
+            @seed(turn)
+            @quiet
+            @given(case=operation.as_strategy())
+            def fuzz(case: Any) -> None:
+                one(case)
+
+            fuzz()
         if statuses.total() >= requests:
             break
     return {

@@ -26,6 +26,9 @@ import psutil
 from tests.server.serving import Server
 
 CLIENTS = 6
+FLAGS = ("--max-model-len", "256", "--max-num-seqs", "16")
+# vLLM keeps compiled grammars of every schema, up to 512 MB: more than half an hour fills.
+ENVIRONMENT = {"VLLM_XGRAMMAR_CACHE_MB": "8"}
 _EVERY_SECONDS = 30.0
 _FIXED = {
     "model": "tiny",
@@ -143,7 +146,7 @@ def main() -> None:
         root = Path(folder)
         save_tiny_model(root / "dense", hidden=128, intermediate=176)
         save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
-        server = Server(root / "pifa", root / "server.log", "--max-model-len", "256", "--max-num-seqs", "16")
+        server = Server(root / "pifa", root / "server.log", *FLAGS, **ENVIRONMENT)
         try:
             server.wait()
             report = soak(server, args.minutes * 60)

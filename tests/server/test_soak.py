@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from tests.server.hostile import fuzzed
 from tests.server.serving import serve
-from tests.server.soak import soak
+from tests.server.soak import ENVIRONMENT, FLAGS, soak
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(3600)]
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(3600)]
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serve(checkpoint, log, "--max-model-len", "256", "--max-num-seqs", "16") as running:
+    with serve(checkpoint, log, *FLAGS, **ENVIRONMENT) as running:
         yield running
 
 
