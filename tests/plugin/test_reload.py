@@ -46,7 +46,7 @@ def refused(llamas, tmp_path_factory):
         "missing": {"tensors": lambda tensors: tensors.pop(f"{LAYER}.coefficients")},
         "damaged": put(f"{LAYER}.coefficients", float("nan")),
         "out of range": put(f"{LAYER}.pivot_rows", 128),
-        "vocabulary": {"tensors": shorten},
+        "vocabulary": {"tensors": shorten, "config": lambda config: config.update(vocab_size=257)},
     }
     for name, edit in edits.items():
         copy_edited(llamas / "second-pifa", root / name, **edit)
