@@ -23,6 +23,6 @@ class RefusedError(Exception):
 
     def response(self) -> JSONResponse:
         """What an OpenAI client makes its exception of."""
-        kind = self.status.phrase.replace(" ", "") + "Error"
+        kind = self.status.phrase.replace(" ", "").removesuffix("Error") + "Error"
         error = {"message": str(self), "type": kind, "param": None, "code": self.status.value}
         return JSONResponse({"error": error}, self.status, self.headers)

@@ -237,9 +237,25 @@ def test_bfloat16_is_close(served, models):
     assert (actual - exact).abs().mean() < 2.0 * (reference - exact).abs().mean() + 1e-3
 
 
+def assert_alike(found, expected):
+    """Equal, but for the last digits of probabilities: on processors with AMX two engines of vLLM's differ there."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-4)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_alike(found[name], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_alike(*pair)
+    else:
+        assert found == expected
+
+
 def test_a_plain_model_is_served_as_without_the_plugin(served, models, tmp_path):
     alone = run_engines({"plain": {"model": str(models / "llama")}}, tmp_path, VLLM_PLUGINS="")["plain"]
-    assert served["plain"] == alone
+    assert_alike(served["plain"], alone)
     assert not any("PIFA" in method for method in alone["methods"].values())
 
 

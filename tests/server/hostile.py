@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 import statistics
 import tempfile
@@ -187,6 +188,7 @@ def fuzzed(url: str, requests: int) -> dict[str, Any]:
     operations = [found.ok() for found in schema.get_all_operations()]
     statuses: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+    replay: dict[str, Any] = {}
     quiet = settings(
         max_examples=max(1, min(40, requests // len(operations))),
         deadline=None,
@@ -203,7 +205,10 @@ def fuzzed(url: str, requests: int) -> dict[str, Any]:
             return
         statuses[str(response.status_code)] += 1
         if response.status_code >= 500:
-            failures[f"{case.method} {case.path} {response.status_code} {response.text[:120]}"] += 1
+            text = f"{case.method} {case.path} {response.status_code} {response.text[:120]}"
+            failures[text] += 1
+            sent = response.request
+            replay.setdefault(text, (sent.method, sent.path_url, dict(sent.headers), sent.body))
 
     for turn in count():
         for operation in operations:
@@ -222,7 +227,14 @@ def fuzzed(url: str, requests: int) -> dict[str, Any]:
         "operations": len(operations),
         "statuses": statuses,
         "failures": failures,
+        "replay": replay,
     }
+
+
+def own_failures(log: str) -> list[str]:
+    """The files of this package in which exceptions of the log were raised."""
+    raised = [re.findall(r'File "([^"]+)"', block)[-1:] for block in log.split("Traceback ")[1:]]
+    return [file for files in raised for file in files if "/server/" in file and "site-packages" not in file]
 
 
 def main() -> None:
@@ -274,6 +286,9 @@ def main() -> None:
             bare.wait_until_ready()
             for name in failing:
                 attacks[name]["bare vLLM's status"] = send(bare.url, ATTACKS[name])[0]
+            for text, (method, path, headers, body) in fuzz.pop("replay").items():
+                answer = httpx.request(method, f"{bare.url}{path}", headers=headers, content=body, timeout=60)
+                fuzz["failures"][text] = {"times": fuzz["failures"][text], "bare": answer.status_code}
         report = {
             "command": "python -m tests.server.hostile",
             "honest seconds": {

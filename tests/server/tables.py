@@ -33,7 +33,9 @@ def render(hostile: dict[str, Any], faults: dict[str, Any], soak: dict[str, Any]
         for name, found in hostile["attacks"].items()
     ]
     fuzz = hostile["fuzzing"]
-    failures = [(text.replace("|", "\\|"), times) for text, times in fuzz["failures"].items()]
+    failures = [
+        (text.replace("|", "\\|"), seen["times"], seen["bare"]) for text, seen in fuzz["failures"].items()
+    ]
     lost = [
         (name, found.get("lost", 0), _words({k: v for k, v in found.items() if k != "lost"}))
         for name, found in faults["faults"].items()
@@ -54,9 +56,9 @@ Resident memory of all processes in MB: {_words(hostile["resident MB"])}. Traceb
 {_table("attack | status | bare vLLM's | honest status | honest seconds", attacks)}
 
 schemathesis made {fuzz["requests"]} requests of the server's own schema ({fuzz["operations"]} operations):
-{_words(fuzz["statuses"])}. Answered with 500 or more, all in vLLM's words:
+{_words(fuzz["statuses"])}. Answered with 500 or more, and sent to bare vLLM once more:
 
-{_table("request and answer | times", failures)}
+{_table("request and answer | times | bare vLLM's", failures)}
 
 ## Faults
 

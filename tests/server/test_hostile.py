@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 pytest.importorskip("vllm")
 
-from tests.server.hostile import ATTACKS, attacked, fuzzed, honest
+from tests.server.hostile import ATTACKS, attacked, fuzzed, honest, own_failures
 
 pytestmark = pytest.mark.vllm
 
@@ -25,6 +23,6 @@ def test_fuzzed_requests(server):
     pytest.importorskip("schemathesis")
     found = fuzzed(server.url, 200)
     assert found["requests"] >= 200
-    # No room, or not this model's: vLLM's own words.
-    assert not [failure for failure in found["failures"] if not re.search(" 50[13] ", failure)]
+    # What else is an error of the server is vLLM's own (results/README.md).
+    assert own_failures(server.log.read_text()) == []
     assert honest(server.url)[0] == 200

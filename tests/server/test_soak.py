@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 pytest.importorskip("vllm")
 
-from tests.server.hostile import fuzzed
+from tests.server.hostile import fuzzed, own_failures
 from tests.server.serving import serve
 from tests.server.soak import ENVIRONMENT, FLAGS, soak
 
@@ -35,5 +33,5 @@ def test_half_an_hour(server):
 def test_two_thousand_fuzzed_requests(server):
     found = fuzzed(server.url, 2000)
     assert found["requests"] >= 2000
-    # No room, or not this model's: vLLM's own words.
-    assert not [failure for failure in found["failures"] if not re.search(" 50[13] ", failure)]
+    # What else is an error of the server is vLLM's own (results/README.md).
+    assert own_failures(server.log.read_text()) == []
