@@ -238,7 +238,7 @@ def test_bfloat16_is_close(served, models):
 
 
 def assert_alike(found, expected):
-    """Equal, but for the last digits of probabilities: on processors with AMX two engines of vLLM's differ there."""
+    """Equal, but for the last digits of probabilities, in which two engines of vLLM differ where there is AMX."""
     if isinstance(expected, float):
         assert found == pytest.approx(expected, abs=1e-4)
     elif isinstance(expected, dict):
