@@ -30,15 +30,15 @@ def check_values(path: str, body: bytes, limit: int) -> None:
     try:
         request = json.loads(body or b"null")
     except (ValueError, RecursionError) as error:
-        raise RefusedError(
-            HTTPStatus.BAD_REQUEST, f"Expected a body of JSON, found none ({error})."
-        ) from None
+        raise RefusedError(HTTPStatus.BAD_REQUEST, f"Expected JSON, found none ({error}).") from None
     tokens = _TOKENS | {"input"} if path in _POOLING else _TOKENS
     pending: list[tuple[str, Any]] = [("", request)]
     count = 0
     while pending:
         name, value = pending.pop()
-        if isinstance(value, list) and not (name in tokens and _token_ids(value)):
+        if isinstance(value, list):
+            if name in tokens and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
+                continue
             inner: Iterable[tuple[str, Any]] = ((name, item) for item in value)
         elif isinstance(value, dict):
             inner = value.items()
@@ -49,7 +49,3 @@ def check_values(path: str, body: bytes, limit: int) -> None:
             text = f"Expected a body of at most {limit} values beside token ids, found more."
             raise RefusedError(HTTPStatus.BAD_REQUEST, text)
         pending.extend(inner)
-
-
-def _token_ids(values: list[Any]) -> bool:
-    return set(map(type, values)) <= {int} and min(values, default=0) >= 0

@@ -72,4 +72,4 @@ def test_entries_of_responses_weigh_more():
     ids=["cut short", "deep lists", "deep objects", "not UTF-8", "a word", "a huge number"],
 )
 def test_no_json(body):
-    assert "Expected a body of JSON" in refused(CHAT, body)
+    assert "Expected JSON, found none" in refused(CHAT, body)
