@@ -280,7 +280,8 @@ def main() -> None:
             root / "pifa",
             free_port(),
             root / "bare.log",
-            ["--served-model-name", "tiny", *flags],
+            ["--served-model-name", "tiny", "--enforce-eager", *flags],
+            environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
             module=BARE,
         ) as bare:
             bare.wait_until_ready()
