@@ -8,10 +8,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# As in tests.plugin.engines: an engine in the process that is measured.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_LOGGING_LEVEL"] = "CRITICAL"
-
 import pifa_vllm
 from pifa_vllm.errors import PifaError
 
@@ -52,6 +48,8 @@ def _transformers(good: Path) -> Callable[[Path], None]:
 
 
 def _vllm(good: Path) -> Callable[[Path], None]:
+    # An engine in the process that is measured. Not on import: other tests' servers would inherit it.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
     from vllm import LLM, EngineArgs
 
     from tests.plugin.engines import OPTIONS
