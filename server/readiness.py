@@ -121,7 +121,7 @@ class Readiness:
             pid = worker["pid"]
             try:
                 times = psutil.Process(pid).cpu_times()
-            except psutil.NoSuchProcess:
+            except psutil.Error:
                 continue  # on another machine, or gone, which the engine's monitor will tell
             self._cpu_seconds[pid] = times.user + times.system
             used = self._cpu_seconds[pid] - before.get(pid, 0.0)
