@@ -49,9 +49,10 @@ machine on which other things ran, so that seconds are upper bounds.
 ## Hostile clients
 
 `{hostile["command"]} --output hostile.json`: each attack went through a real nginx (`deploy/proxy`), and an honest
-request went into it. Honest requests took {honest["median"]} s in the median, {honest["largest"]} s at most.
+request went into it. Honest requests took {honest["median"]:.2f} s in the median, {honest["largest"]} s at most.
 Resident memory of all processes in MB: {_words(hostile["resident MB"])}. Tracebacks in the log:
-{hostile["tracebacks in the log"]}. Where the answer is an error of the server, bare vLLM was asked, too.
+{hostile["tracebacks in the log"]}. Where the answer is an error of the server, bare vLLM was asked, too;
+0 is no answer: after a million answers to one request had been asked of it, bare vLLM gave none to anything.
 
 {_table("attack | status | bare vLLM's | honest status | honest seconds", attacks)}
 
