@@ -1,7 +1,7 @@
 """What the JSON of a request may hold, before vLLM makes its own objects of it.
 
 Of every value that is not what it should be, pydantic makes an error, and one more for each type that it might have
-been: 4 MB of empty lists for messages keep vLLM's event loop busy for 90 s, and take more than 20 GB.
+been: 4 MB of empty lists for messages kept vLLM's event loop busy for 93 s, as many empty objects filled 24 GB.
 """
 
 from __future__ import annotations
