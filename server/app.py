@@ -95,8 +95,9 @@ class PIFAServer:
             response = await scope["app"].exception_handlers[Exception](Request(scope), error)
             if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 logger.exception("%s %s failed", scope["method"], ascii(path))
-                text = "The server failed; its log says why."
-                response = RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, text).response()
+                if not settings.admin_routes:  # who changes the engine is told why it did not work
+                    text = "The server failed; its log says why."
+                    response = RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, text).response()
             if answer.started:
                 answer.status = HTTPStatus.INTERNAL_SERVER_ERROR
             else:
