@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.server.serving import Server
+from tests.server.serving import Server, save_tiny_checkpoint
 
 LONG = {"model": "tiny", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
@@ -191,17 +191,13 @@ def port_in_use(checkpoint: Path, log: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Do them all to servers of a tiny model."""
-    from tests.pifa_tiny import save_pifa_twin
-    from tests.tiny import save_tiny_model
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        save_tiny_model(root / "dense", hidden=128, intermediate=176)
-        save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+        save_tiny_checkpoint(root)
 
         def do(faults: dict[str, Callable[[Server], dict[str, Any]]], *flags: str) -> None:
             server = Server(root / "pifa", root / "server.log", *FLAGS, *flags)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from pifa_vllm.served import ServerProcess, free_port
-from tests.server.serving import Server
+from tests.server.serving import Server, save_tiny_checkpoint
 
 # vLLM's own API server, without this package's.
 BARE = ("vllm.entrypoints.launchers.api_server.entry", "--model")
@@ -248,8 +248,6 @@ def own_failures(log: str) -> list[str]:
 def main() -> None:
     """Attack a server of a tiny model, and write what became of it."""
     from tests.deploy.test_proxy import nginx
-    from tests.pifa_tiny import save_pifa_twin
-    from tests.tiny import save_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
@@ -258,8 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
         root.chmod(0o755)
-        save_tiny_model(root / "dense", hidden=128, intermediate=176)
-        save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+        save_tiny_checkpoint(root)
         flags = ("--max-model-len", "256", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
         server = Server(root / "pifa", root / "server.log", *flags)
         stack.callback(server.process.kill)

@@ -93,6 +93,15 @@ def serve(directory: Path, log: Path, *flags: str, **environment: str) -> Iterat
         running.process.kill()
 
 
+def save_tiny_checkpoint(root: Path) -> None:
+    """A PIFA checkpoint at root / "pifa", all of its modules compressed."""
+    from tests.pifa_tiny import save_pifa_twin
+    from tests.tiny import save_tiny_model
+
+    save_tiny_model(root / "dense", hidden=128, intermediate=176)
+    save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+
+
 class Metrics:
     """Prometheus' text format, read by Prometheus' own client."""
 

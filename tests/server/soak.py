@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.server.serving import Server
+from tests.server.serving import Server, save_tiny_checkpoint
 
 CLIENTS = 6
 FLAGS = ("--max-model-len", "256", "--max-num-seqs", "16")
@@ -133,9 +133,6 @@ def soak(server: Server, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Soak a server of a tiny model."""
-    from tests.pifa_tiny import save_pifa_twin
-    from tests.tiny import save_tiny_model
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -144,8 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        save_tiny_model(root / "dense", hidden=128, intermediate=176)
-        save_pifa_twin(root / "dense", root / "pifa", root / "twin", ranks=lambda _, m, n: min(m, n) // 2)
+        save_tiny_checkpoint(root)
         server = Server(root / "pifa", root / "server.log", *FLAGS, **ENVIRONMENT)
         try:
             server.wait()
