@@ -39,6 +39,10 @@ INSTALL := $(BIN)/pip install --require-hashes --no-deps --no-compile
 ONLY_TORCH := awk '!/^ / {keep = /^torch==/} keep'
 WITHOUT := awk 'NR == FNR {out[$$1]; next} !/^ / {split($$1, pin, "=="); keep = !(pin[1] in out)} keep'
 
+# Where it is set, each of the many processes of vLLM compiles all of its modules anew, 27 s of a processor in place of
+# 11; nothing is compiled while it is installed.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup development demo test test-long test-matrix gpu-check image-test lock sbom digests clean
 
 setup: $(VENV)/.installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 
 from pifa_vllm_server.errors import RefusedError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message, Receive, Send
 
@@ -28,11 +29,10 @@ class Answer:
     """
 
     def __init__(self, receive: Receive, send: Send) -> None:
-        self.started = self.client_gone = False
+        self.started = self.client_gone = self._complete = False
         self.request_id = ""
         self._receive, self._send = receive, send
         self.status: int = HTTPStatus.INTERNAL_SERVER_ERROR
-        self._complete = False
         self._body: bytes | None = None
 
     @property
@@ -71,9 +71,7 @@ class Answer:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            for name, value in message.get("headers", ()):
-                if name.lower() == b"x-request-id":
-                    self.request_id = value.decode("latin-1")
+            self.request_id = Headers(raw=message.get("headers", [])).get("x-request-id", "")
         elif message["type"] == "http.response.body":
             if message.get("body", b"").startswith(_STREAMED_ERRORS):
                 self.status = HTTPStatus.INTERNAL_SERVER_ERROR

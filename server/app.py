@@ -14,6 +14,7 @@ from pifa_vllm_server.answer import Answer
 from pifa_vllm_server.errors import RefusedError
 from pifa_vllm_server.limits import check_values
 from pifa_vllm_server.logs import POLLED, log_request
+from pifa_vllm_server.memory import return_free_memory
 from pifa_vllm_server.routes import add_routes
 from pifa_vllm_server.state import ServerState, open_state
 from starlette.datastructures import MutableHeaders
@@ -81,11 +82,13 @@ class PIFAServer:
             raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "The server is stopping.")
         if path == "/metrics":
             await state.refresh()
+        values = 0
         try:
-            uploads = headers.get("content-type", "").startswith("multipart/")
-            if scope["method"] == "POST" and not uploads:
-                check_values(path, await answer.read(settings.max_body_bytes), settings.max_values)
+            if scope["method"] == "POST" and not headers.get("content-type", "").startswith("multipart/"):
+                values = check_values(path, await answer.read(settings.max_body_bytes), settings.max_values)
             await self.app(scope, answer.receive, answer.send)
+            if values > 256 and answer.status == HTTPStatus.BAD_REQUEST:
+                return_free_memory()  # of as many errors; it takes some 20 ms
         except RefusedError:
             raise
         except Exception as error:

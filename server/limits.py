@@ -21,7 +21,7 @@ _POOLING = frozenset({"/classify", "/pooling", "/v1/embeddings", "/v2/embed"})
 _RESPONSES, _WEIGHT = frozenset({"/v1/responses", "/v1/responses/render"}), 32
 
 
-def check_values(path: str, body: bytes, limit: int) -> None:
+def check_values(path: str, body: bytes, limit: int) -> int:
     """Count the values in a JSON body, at all levels, token ids apart.
 
     Raises:
@@ -46,6 +46,6 @@ def check_values(path: str, body: bytes, limit: int) -> None:
             continue
         count += len(value) * (_WEIGHT if name == "input" and path in _RESPONSES else 1)
         if count > limit:
-            text = f"Expected a body of at most {limit} values beside token ids, found more."
-            raise RefusedError(HTTPStatus.BAD_REQUEST, text)
+            raise RefusedError(HTTPStatus.BAD_REQUEST, f"Expected at most {limit} values beside token ids.")
         pending.extend(inner)
+    return count

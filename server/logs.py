@@ -26,11 +26,10 @@ def log_request(scope: Scope, answer: Answer, seconds: float) -> None:
     level = logging.DEBUG if scope["path"] in POLLED and answer.outcome < 400 else logging.INFO
     if not logger.isEnabledFor(level):
         return
-    client = scope.get("client")
     fields = {
         # The client may have chosen it: nothing that could pass for another line.
         "request_id": answer.request_id if _REQUEST_ID.fullmatch(answer.request_id) else "-",
-        "client": client[0] if client else "",
+        "client": (scope.get("client") or ("",))[0],
         "method": scope["method"],
         # As it came: a decoded path may contain newlines.
         "path": scope.get("raw_path", b"").decode("ascii", "backslashreplace"),

@@ -1,6 +1,7 @@
 """A real nginx with the configuration that compose.yaml mounts, before an application that tells what it gets."""
 
 import contextlib
+import getpass
 import os
 import re
 import shutil
@@ -68,8 +69,9 @@ def nginx(root, upstream, tls_port=None, **changed):
         (root / "tls").mkdir()
         tls = (PROXY / "tls.conf").read_text().replace("8443", f"127.0.0.1:{tls_port}")
         (root / "tls/tls.conf").write_text(tls.replace("/etc/nginx/certificate", str(root)))
-    root.chmod(0o755)
+    # As root, nginx's workers would be those of a user who may not enter pytest's directories.
     command = ["nginx", "-e", "stderr", "-p", str(root), "-c", str(root / "nginx.conf")]
+    command += ["-g", f"user {getpass.getuser()};"] if os.getuid() == 0 else []
     with running(command, port):
         yield port
 

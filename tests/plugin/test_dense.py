@@ -25,12 +25,14 @@ def test_outputs_are_those_of_the_dense_layer(method, dtype, native, monkeypatch
         monkeypatch.setattr(dense, "load", lambda: False)
     layer, method = make_layer(dtype), method()
     weight, bias = layer.weight.data.clone(), torch.randn(96).to(dtype)
+    # vLLM's own method keeps the bias of a small layer in float32 where the CPU has AMX.
+    layer.bias = Parameter(bias.clone(), requires_grad=False)
     method.process_weights_after_loading(layer)
     assert method.streamed == native
     for tokens in (1, 7, 40):
         x = torch.randn(tokens, 64).to(dtype)
         expected = linear(x.float(), weight.float(), bias.float())
-        y = method.apply(layer, x, bias)
+        y = method.apply(layer, x, layer.bias)
         assert y.dtype == dtype
         tolerance = 1e-4 if dtype == torch.float32 else 0.25
         torch.testing.assert_close(y.float(), expected, rtol=0, atol=tolerance)

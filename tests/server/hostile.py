@@ -255,7 +255,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
-        root.chmod(0o755)
         save_tiny_checkpoint(root)
         flags = ("--max-model-len", "256", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
         server = Server(root / "pifa", root / "server.log", *flags)

@@ -11,6 +11,13 @@ from tests.server.hostile import ATTACKS, attacked, fuzzed, honest, own_failures
 pytestmark = pytest.mark.vllm
 
 
+def test_memory_comes_back(server):
+    """After a body from which vLLM makes some 300 MB of errors, and which it has not seen before."""
+    before = server.resident()
+    assert attacked(server.url, ATTACKS["as much input as may be"])["status"] == 400
+    assert server.resident() - before < 64 << 20
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(server, name):
     found = attacked(server.url, ATTACKS[name])
