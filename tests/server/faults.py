@@ -51,12 +51,13 @@ def seconds_until(condition: Callable[[], bool], limit: float = 120.0) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def stream(server: Server, outcomes: Counter[str], **fields: Any) -> None:
+def stream(server: Server, outcomes: Counter[str], begun: threading.Semaphore, **fields: Any) -> None:
     """One streamed request, and how it ended."""
     try:
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json={**LONG, **fields}, timeout=60
         ) as response:
+            begun.release()
             text = "".join(response.iter_text())
         if response.status_code != 200:
             outcomes[str(response.status_code)] += 1
@@ -70,12 +71,14 @@ def stream(server: Server, outcomes: Counter[str], **fields: Any) -> None:
 def load(server: Server, clients: int = 4, **fields: Any) -> Iterator[Counter[str]]:
     """Requests in flight while something is done; all have ended when this does."""
     outcomes: Counter[str] = Counter()
+    begun = threading.Semaphore(0)
     threads = [
-        threading.Thread(target=stream, args=(server, outcomes), kwargs=fields) for _ in range(clients)
+        threading.Thread(target=stream, args=(server, outcomes, begun), kwargs=fields) for _ in range(clients)
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    for _ in threads:
+        assert begun.acquire(timeout=60), "a request is not answered"
     yield outcomes
     for thread in threads:
         thread.join(120)
@@ -123,7 +126,7 @@ def unread_answer(server: Server) -> socket.socket:
 def sigterm_under_load(server: Server) -> dict[str, Any]:
     """SIGTERM while requests run, with a client that does not read its answer."""
     late: Counter[str] = Counter()
-    with unread_answer(server), load(server) as outcomes:
+    with unread_answer(server), load(server, max_tokens=200) as outcomes:
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         told = seconds_until(lambda: ready(server) != 200)
