@@ -27,7 +27,7 @@ def test_every_package_is_installed():
 @pytest.mark.parametrize(
     ("package", "folder", "pages"),
     [
-        ("pifa_vllm", "pifa_vllm", "compress/report/templates"),
+        ("pifa_vllm", "pifa_vllm", "compression/report/templates"),
         ("pifa_vllm_server", "server", "dashboard/uplot"),
     ],
 )
