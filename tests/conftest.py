@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.server.serving import Server
 
 # Whose tests share the server below.
-SHARING = ("deploy", "server")
+SHARING = ("deploy", "examples", "server")
 
 
 class Twins(NamedTuple):
