@@ -1,12 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 
-import pifa_vllm.bench
-from pifa_vllm.bench.ranks import RESULTS, results, share_table, shares
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.layer.ranks import results, share_table, shares
 
-README = Path(pifa_vllm.bench.__file__).parents[1] / "plugin" / "README.md"
+README = RESULTS.parents[1] / "plugin" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_dense_traffic_is_that_of_two_all_reduces(found):
 
 
 def test_the_committed_counts_are_todays_and_in_the_readme():
-    committed = json.loads(RESULTS.read_text())
+    committed = json.loads((RESULTS / "tensor-parallel.json").read_text())
     models = list(committed["models"])
     assert results(models, committed["density"], committed["command"]) == committed
     for model in models:

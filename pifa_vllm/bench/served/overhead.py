@@ -1,7 +1,5 @@
 """What our layer costs: the same checkpoint behind `pifa-vllm serve` and behind bare vLLM, in one run.
 
-    python -m pifa_vllm.bench.overhead DIR --output overhead.json
-
 Both servers are started before anything is measured. Requests go to them in turn, so that whatever else slows the
 machine slows both, and the one that is not asked is halted. Bare vLLM is its own API server module with the same
 flags. Two starts of one and the same server differ, too, so both are started several times, and how the result
@@ -11,14 +9,11 @@ same requests is what our layer adds to; it depends less on what else runs.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
 import operator
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pifa_vllm_server.launch import parse_arguments
 from pifa_vllm_server.model import versions
 
-from pifa_vllm.bench.quality import describe_machine
-from pifa_vllm.cli.cpu import set_cpu_defaults
+from pifa_vllm.bench.machine import describe_machine
+from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.served import ServerProcess, free_port
 
 _SERVERS = ("pifa-vllm", "vllm")
@@ -198,48 +192,54 @@ def summarize(starts: list[dict[str, dict[str, list[float]]]]) -> dict[str, Any]
     return summary
 
 
-def main() -> None:
-    """Run the comparison and write its JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, metavar="DIR", help="checkpoint directory")
-    parser.add_argument("--name", help="of the model in the result (default: the directory's)")
-    parser.add_argument("--starts", type=int, default=4, help="of both servers (default: 4)")
-    parser.add_argument("--turns", type=int, default=40, help="of single requests, per start (default: 40)")
-    parser.add_argument("--requests", type=int, default=10, help="in each turn (default: 10)")
-    parser.add_argument("--rounds", type=int, default=30, help="of throughput, per start (default: 30)")
-    parser.add_argument("--at-once", type=int, default=8, help="requests together (default: 8)")
-    parser.add_argument("--tokens", type=int, default=32, help="of each of those (default: 32)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    args, flags = parser.parse_known_args()  # the rest goes to both servers
-    for name in ("starts", "turns", "requests", "rounds", "at_once", "tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
+def overhead(
+    directory: Path,
+    output: Path,
+    *,
+    name: str,
+    flags: list[str],
+    starts: int,
+    turns: int,
+    requests: int,
+    rounds: int,
+    at_once: int,
+    tokens: int,
+) -> dict[str, Any]:
+    """Start both servers several times, measure them, and write the results after each start.
 
-    # An exception, on whose way out the halted servers are stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    set_cpu_defaults(parse_arguments(str(args.model), flags), flags)
-    starts = []
-    for i in range(args.starts):
-        with both_started(args.model, flags, ours_first=i % 2 == 0) as servers:
-            work = measure(servers, args.turns, args.requests, args.rounds, args.at_once, args.tokens)
-            starts.append(asyncio.run(work))
+    Args:
+        directory: checkpoint.
+        output: JSON file of results.
+        name: of the model in the results.
+        flags: of `vllm serve`, for both servers.
+        starts: of both servers.
+        turns: see `measure`; likewise the others.
+        requests: in each turn.
+        rounds: of throughput.
+        at_once: requests together.
+        tokens: of each of those.
+
+    Returns:
+        What `summarize` does.
+
+    Raises:
+        PifaError: if a server does not start.
+    """
+    measured = []
+    for i in range(starts):
+        with both_started(directory, flags, ours_first=i % 2 == 0) as servers:
+            measured.append(asyncio.run(measure(servers, turns, requests, rounds, at_once, tokens)))
         report = {
-            "model": args.name or args.model.name,
+            "model": name,
             "flags": flags,
-            "requests": args.requests,
-            "at_once": args.at_once,
-            "tokens": args.tokens,
+            "requests": requests,
+            "at_once": at_once,
+            "tokens": tokens,
             "machine": describe_machine(),
             "versions": versions(),
-            "summary": summarize(starts),
-            "measured": starts,
+            "summary": summarize(measured),
+            "measured": measured,
         }
         # After each start: an end before the last one loses nothing.
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["summary"], indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        replace_text(output, json.dumps(report, indent=1) + "\n")
+    return summarize(measured)

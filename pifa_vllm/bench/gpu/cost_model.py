@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.bench.shapes import SHAPES, LayerShape
+from pifa_vllm.bench.table import markdown_table
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.factorization import lowrank_rank, pifa_rank
 from pifa_vllm.ops.triton.configs import (
@@ -28,7 +29,6 @@ from pifa_vllm.ops.triton.configs import (
 )
 from pifa_vllm.ops.triton.shards import count_tiles
 
-RESULTS = Path(__file__).parent / "results" / "predicted-layers.json"
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 DENSITIES = (0.5, 0.7)
 
@@ -157,7 +157,7 @@ def factored_launches(
 
 
 def predict() -> dict[str, Any]:
-    """Predict every layer of `SHAPES` on every GPU, as `RESULTS` holds it.
+    """Predict every layer of `SHAPES` on every GPU, as the results hold it.
 
     Times are in microseconds, one per entry of `tokens`; `waves` are those of PIFA's launches.
     """
@@ -169,7 +169,7 @@ def predict() -> dict[str, Any]:
         for layer in layers
     ]
     return {
-        "kind": "prediction by pifa_vllm.bench.cost_model, not a measurement",
+        "kind": "prediction by pifa-vllm bench predict, not a measurement",
         "dtype": "bfloat16",
         "assumptions": {
             "share of the memory's bandwidth": BANDWIDTH_SHARE,
@@ -188,7 +188,7 @@ def predict() -> dict[str, Any]:
     }
 
 
-def write(output: Path = RESULTS) -> None:
+def write(output: Path) -> None:
     """Write `predict` as JSON, a line per row."""
     text = json.dumps(predict()).replace('{"gpu"', '\n{"gpu"') + "\n"
     replace_text(output, text)
@@ -201,13 +201,7 @@ def layer_table(results: dict[str, Any], density: float) -> str:
         results: of `predict` or of `gpu_check`, whose rows have the same keys.
         density: one of its densities.
     """
-    lines = [
-        f"Dense time / PIFA time at density {density:g}, all linear layers of a block, by tokens, "
-        f"{results['dtype']} ({results['kind']}):",
-        "",
-        "| GPU | model | " + " | ".join(str(tokens) for tokens in results["tokens"]) + " |",
-        "|---" * (len(results["tokens"]) + 2) + "|",
-    ]
+    lines = []
     for gpu, model in itertools.product(results["gpus"], SHAPES):
         rows = [r for r in results["rows"] if (r["gpu"], r["model"], r["density"]) == (gpu, model, density)]
         dense = zip(*(row["dense_us"] for row in rows), strict=True)
@@ -216,8 +210,12 @@ def layer_table(results: dict[str, Any], density: float) -> str:
         ratios = [
             "" if None in (*d, *p) else f"{sum(d) / sum(p):.2f}" for d, p in zip(dense, pifa, strict=True)
         ]
-        lines.append(f"| {gpu} | {model} | " + " | ".join(ratios) + " |")
-    return "\n".join(lines)
+        lines.append([gpu, model, *ratios])
+    title = (
+        f"Dense time / PIFA time at density {density:g}, all linear layers of a block, by tokens, "
+        f"{results['dtype']} ({results['kind']}):"
+    )
+    return f"{title}\n\n{markdown_table(['GPU', 'model', *map(str, results['tokens'])], lines)}"
 
 
 def _row(name: str, gpu: GPU, model: str, layer: LayerShape, density: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pifa_vllm.bench.table import table_head
+from pifa_vllm.bench.table import markdown_table
 
 _COLUMNS = (
     "density",
@@ -60,7 +60,7 @@ def speculative_table(results: dict[str, Any]) -> str:
     the acceptance length and the c that were measured; what the measured one falls short of it by is what
     verifying K + 1 tokens costs beyond one, and what drafting costs beside the draft's own steps.
     """
-    lines = table_head(_COLUMNS)
+    lines = []
     prompts = results["subject"]["prompts"]
     for row in sorted(results["rows"], key=lambda row: row["density"]):
         alone = statistics.median(row["dense"])
@@ -81,16 +81,14 @@ def speculative_table(results: dict[str, Any]) -> str:
                 f"{with_draft:.1f}",
                 f"{found['identical']} of {prompts}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table(_COLUMNS, lines)
 
 
 def break_even_table() -> str:
     """The acceptance rate that a draft must reach to pay, by its cost c and by K, as Markdown."""
-    lines = table_head(("c", *(f"K = {k}" for k in _DRAFT_TOKENS)))
-    for c in _COST_RATIOS:
-        rates = [break_even(k, c) for k in _DRAFT_TOKENS]
-        lines.append(
-            "| " + " | ".join([f"{c:g}", *("never" if a is None else f"{a:.2f}" for a in rates)]) + " |"
-        )
-    return "\n".join(lines)
+    rates = {c: [break_even(k, c) for k in _DRAFT_TOKENS] for c in _COST_RATIOS}
+    return markdown_table(
+        ("c", *(f"K = {k}" for k in _DRAFT_TOKENS)),
+        [[f"{c:g}", *("never" if a is None else f"{a:.2f}" for a in row)] for c, row in rates.items()],
+    )

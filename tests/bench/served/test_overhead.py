@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,10 +13,12 @@ import pytest
 pytest.importorskip("httpx")
 pytest.importorskip("pydantic_settings")
 
-from pifa_vllm.bench.overhead import cpu_seconds, main, summarize
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.served.overhead import cpu_seconds, summarize
+from pifa_vllm.cli import main
 from pifa_vllm.served import ServerProcess
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def measured(ttft, request_cpu, rates, token_cpu):
@@ -84,15 +85,13 @@ def test_a_halted_server_is_stopped_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--starts", "--at-once"])
-def test_nothing_to_measure_is_refused(flag, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["overhead", "DIR", "--output", "o.json", flag, "0"])
-    with pytest.raises(SystemExit):
-        main()
+def test_nothing_to_measure_is_refused(flag, capsys):
+    assert main(["bench", "overhead", "DIR", "--output", "o.json", flag, "0"]) == 1
     assert f"{flag}: expected 1 or more, found 0" in capsys.readouterr().err
 
 
 def test_readme_gives_the_committed_result():
-    path, text = ROOT / "pifa_vllm/bench/results/overhead.json", (ROOT / "server/README.md").read_text()
+    path, text = RESULTS / "overhead.json", (ROOT / "server/README.md").read_text()
     if not path.exists():
         assert "Not yet measured" in text
         return

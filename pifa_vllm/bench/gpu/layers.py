@@ -17,21 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pifa_vllm.bench.cost_model import TOKENS, layer_ranks
+from pifa_vllm.bench.gpu.cost_model import TOKENS, layer_ranks
+from pifa_vllm.bench.layer.forwards import Forward, Implementation, dense, pifa, reference
 from pifa_vllm.bench.shapes import LayerShape
-from pifa_vllm.factorization import lowrank_rank, pifa_rank
-from pifa_vllm.ops import pifa_linear
+from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
 
 # Of one implementation's weights: more than any L2 today.
 _WORKING_SET = 256 * 2**20
 _RUNS = 15
 
-Forward = Callable[[Tensor], Tensor]
-
 
 @torch.no_grad()
 def layer_times(layer: LayerShape, density: float, seconds: float) -> dict[str, list[float | None]]:
-    """Time what `forwards` makes in turn.
+    """Time the `implementations` in turn.
 
     Args:
         layer: the shape.
@@ -42,7 +40,8 @@ def layer_times(layer: LayerShape, density: float, seconds: float) -> dict[str, 
         Medians in microseconds, one per entry of `TOKENS`, by name; None where they were left out.
     """
     deadline = time.monotonic() + seconds
-    made = forwards(layer, density, torch.bfloat16, "cuda", lambda size: max(1, -(-_WORKING_SET // size)))
+    compared = implementations(layer, density, torch.bfloat16, "cuda")
+    made = {item.name: item.copies(_WORKING_SET) for item in compared}
     times: dict[str, list[float | None]] = {f"{name}_us": [] for name in made}
     for tokens in TOKENS:
         if time.monotonic() > deadline:
@@ -65,10 +64,10 @@ def layer_times(layer: LayerShape, density: float, seconds: float) -> dict[str, 
     return times
 
 
-def forwards(
-    layer: LayerShape, density: float, dtype: torch.dtype, device: str, copies: Callable[[int], int]
-) -> dict[str, list[Forward]]:
-    """Make what is compared on one layer, several times, each with weights of its own.
+def implementations(
+    layer: LayerShape, density: float, dtype: torch.dtype, device: str
+) -> list[Implementation]:
+    """List what is compared on one layer.
 
     - "dense": F.linear.
     - "lowrank", "same_rank": two plain factors per shard in library products, all shards' first factors stacked, at
@@ -81,32 +80,25 @@ def forwards(
         density: kept / dense parameters.
         dtype: of weights and activations.
         device: where the weights are.
-        copies: number of copies by the bytes of one.
     """
     ranks, thin = (layer_ranks(layer, density, rank) for rank in (pifa_rank, lowrank_rank))
-    made: dict[str, Callable[[], tuple[int, Forward]]] = {
-        "dense": lambda: _dense(layer, dtype, device),
-        "lowrank": lambda: _lowrank(layer, thin, dtype, device),
-        "same_rank": lambda: _lowrank(layer, ranks, dtype, device),
-        "reference": lambda: _reference(layer, ranks, dtype, device),
-        "pifa": lambda: _pifa(layer, ranks, dtype, device),
-    }
-    found = {}
-    for name, make in made.items():
-        size, first = make()
-        found[name] = [first, *(make()[1] for _ in range(copies(size) - 1))]
-    return found
 
+    def total(parameters: Callable[[int, int, int], int], of: Sequence[int]) -> int:
+        return sum(parameters(m, layer.n, r) for r, m in zip(of, layer.out_features, strict=True))
 
-def random_factors(
-    ranks: Sequence[int], sizes: Sequence[int], n: int, dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random pivot_weight, coefficients (of at most 1) and out_rows, as `pifa_linear` takes them."""
-    pivot_weight = torch.randn(sum(ranks), n, device=device) / n**0.5
-    numbers = sum((m - r) * r for r, m in zip(ranks, sizes, strict=True))
-    coefficients = torch.rand(numbers, device=device) * 2 - 1
-    out_rows = torch.randperm(sum(sizes), device=device).to(torch.int32)
-    return pivot_weight.to(dtype), coefficients.to(dtype), out_rows
+    at = (dtype, device)
+    kept = total(pifa_parameters, ranks)
+    return [
+        Implementation("dense", dtype, layer.m * layer.n, partial(dense, layer, *at)),
+        Implementation(
+            "lowrank", dtype, total(lowrank_parameters, thin), partial(_lowrank, layer, thin, *at)
+        ),
+        Implementation(
+            "same_rank", dtype, total(lowrank_parameters, ranks), partial(_lowrank, layer, ranks, *at)
+        ),
+        Implementation("reference", dtype, kept, partial(reference, layer, ranks, *at)),
+        Implementation("pifa", dtype, kept, partial(pifa, layer, ranks, *at)),
+    ]
 
 
 def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -124,12 +116,7 @@ def _through(copies: Sequence[Forward], x: Tensor) -> list[Tensor]:
     return [forward(x) for forward in copies]
 
 
-def _dense(layer: LayerShape, dtype: torch.dtype, device: str) -> tuple[int, Forward]:
-    weight = torch.randn(layer.m, layer.n, dtype=dtype, device=device)
-    return weight.nbytes, lambda x: linear(x, weight)
-
-
-def _lowrank(layer: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str) -> tuple[int, Forward]:
+def _lowrank(layer: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str) -> Forward:
     v = torch.randn(sum(ranks), layer.n, dtype=dtype, device=device)
     u = [
         torch.randn(m, r, dtype=dtype, device=device) for r, m in zip(ranks, layer.out_features, strict=True)
@@ -142,30 +129,4 @@ def _lowrank(layer: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device
             torch.mm(y_p, left.T, out=to)
         return y
 
-    return v.nbytes + sum(left.nbytes for left in u), forward
-
-
-def _reference(
-    layer: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str
-) -> tuple[int, Forward]:
-    shards = []
-    for r, m in zip(ranks, layer.out_features, strict=True):
-        pivot_weight, coefficients, rows = random_factors((r,), (m,), layer.n, dtype, device)
-        shards.append((pivot_weight, coefficients.view(m - r, r), rows[:r].long(), rows[r:].long()))
-
-    def forward(x: Tensor) -> Tensor:
-        outputs = []
-        for pivot_weight, coefficients, pivots, rest in shards:
-            y = x.new_empty(x.shape[0], pivots.numel() + rest.numel())
-            y_p = linear(x, pivot_weight)
-            y.index_copy_(1, pivots, y_p)
-            outputs.append(y.index_copy_(1, rest, linear(y_p, coefficients)))
-        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-
-    return sum(w.nbytes + c.nbytes for w, c, _, _ in shards), forward
-
-
-def _pifa(layer: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str) -> tuple[int, Forward]:
-    factors = random_factors(ranks, layer.out_features, layer.n, dtype, device)
-    size = factors[0].nbytes + factors[1].nbytes
-    return size, lambda x: pifa_linear(x, *factors, ranks, layer.out_features)
+    return forward

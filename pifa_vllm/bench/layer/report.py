@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.bench.plot import new_figure, save_figure
-from pifa_vllm.bench.table import table_head
+from pifa_vllm.bench.table import markdown_table
 
 _DENSE = ("dense", "dense-vllm")
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 Rows = Iterable[dict[str, Any]]
-
 
 _COLUMNS = (
     "layer",
@@ -66,7 +65,7 @@ def block_table(results: dict[str, Any], density: float, name: str) -> str:
 
 
 def _ratios(cases: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
-    lines = table_head(_COLUMNS)
+    lines = []
     for (layer, tokens), rows in cases.items():
         dense = _dense(rows, "float32")
         pifa, pifa16 = _find(rows, "pifa", "float32"), _find(rows, "pifa", "bfloat16")
@@ -86,8 +85,8 @@ def _ratios(cases: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
             "" if pifa is None else f"{pifa['gbytes_per_s']:.1f}",
             "" if pifa is None else f"{pifa['gflops']:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(_COLUMNS, lines)
 
 
 def dispatch_table(results: dict[str, Any]) -> str:
@@ -95,18 +94,18 @@ def dispatch_table(results: dict[str, Any]) -> str:
     densities = sorted({row["density"] for row in results["rows"]})
     dtypes = sorted({row["dtype"] for row in results["rows"]})
     head = [f"{_NAMES[dtype]}, density {density:g}" for density in densities for dtype in dtypes]
-    lines = table_head(["layer", "tokens", *head])
+    lines = []
     cases = {(row["layer"], row["tokens"]): None for row in results["rows"]}
     for layer, tokens in cases:
-        cells = []
+        cells = [layer, str(tokens)]
         for density in densities:
             for dtype in dtypes:
                 rows = [r for r in _cases(results["rows"], density)[layer, tokens] if r["dtype"] == dtype]
                 # Low rank is no choice: it has more parameters at this rank, or a lower rank at this density.
                 rows = [r for r in rows if not r["implementation"].startswith("lowrank")]
                 cells.append(min(rows, key=lambda r: r["ms"])["implementation"])
-        lines.append(f"| {layer} | {tokens} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["layer", "tokens", *head], lines)
 
 
 def plot(results: dict[str, Any], output: Path) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pifa_vllm.bench.machine import describe_machine
 from pifa_vllm.checkpoint import read_json
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.compress.report.record import read_report
@@ -46,7 +43,7 @@ def quality(
     max_windows: int,
     command: str,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> None:
     """Compress by every variant at every density and measure each result.
 
     Rows that are in `output` already are kept. Each compression is a process of its own, so that its CPU time and
@@ -128,7 +125,6 @@ def quality(
                     "last_flow_error": report.layers[-1].flow_error,
                 }
             )
-    return {"rows": rows}
 
 
 def _finished_rows(output: Path, subject: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,23 +134,6 @@ def _finished_rows(output: Path, subject: dict[str, Any]) -> list[dict[str, Any]
     earlier = read_json(output)
     rows: list[dict[str, Any]] = earlier.get("rows", [])
     return rows if all(earlier.get(name) == value for name, value in subject.items()) else []
-
-
-def describe_machine() -> dict[str, Any]:
-    """Name what figures depend on: processor, cores, threads, versions."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _compress(model: Path, directory: Path, variant: str, density: float, options: list[str]) -> None:

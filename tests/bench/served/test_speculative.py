@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import pifa_vllm.plugin
-from pifa_vllm.bench.speculative import PROMPT_TOKENS, QUESTIONS, TEXT_PROMPTS, make_prompts
-from pifa_vllm.bench.speculative_report import (
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.served.speculative import PROMPT_TOKENS, QUESTIONS, TEXT_PROMPTS, make_prompts
+from pifa_vllm.bench.served.speculative_report import (
     acceptance_length,
     break_even,
     break_even_table,
@@ -23,7 +24,6 @@ from pifa_vllm.errors import PifaError
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
 
-RESULTS = Path(pifa_vllm.plugin.__file__).parents[1] / "bench" / "results" / "speculative-smollm2.json"
 README = Path(pifa_vllm.plugin.__file__).parent / "README.md"
 
 
@@ -52,7 +52,7 @@ def test_one_drafted_token_pays_from_the_cost_ratio_on():
 
 
 def test_the_tables_of_the_readme_are_the_generated_ones():
-    results = json.loads(RESULTS.read_text())
+    results = json.loads((RESULTS / "speculative-smollm2.json").read_text())
     assert results["command"].startswith("pifa-vllm bench speculative ")
     assert results["machine"]["cpu"]
     assert speculative_table(results) in README.read_text()

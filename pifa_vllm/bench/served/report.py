@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pifa_vllm.bench.e2e_load import Workload
 from pifa_vllm.bench.plot import new_figure, save_figure
-from pifa_vllm.bench.table import table_head
+from pifa_vllm.bench.served.load import Workload
+from pifa_vllm.bench.table import markdown_table
 
 _SPEED_COLUMNS = (
     "requests",
@@ -64,7 +64,7 @@ def ratios(cell: dict[str, Any], server: str) -> tuple[float, float, float]:
 
 def speed_table(results: dict[str, Any]) -> str:
     """Speed of every server under every workload, as Markdown; medians over the rounds."""
-    lines = table_head(_SPEED_COLUMNS)
+    lines = []
     for cell in results["cells"]:
         workload = Workload(**cell["workload"])
         for name in cell["servers"]:
@@ -81,8 +81,8 @@ def speed_table(results: dict[str, Any]) -> str:
                 *_milliseconds([value for row in rows for value in row["tpot"]]),
                 "1" if name == cell["servers"][0] else f"{ratio:.2f}x ({low:.2f} to {high:.2f})",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table(_SPEED_COLUMNS, lines)
 
 
 def memory_table(results: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def memory_table(results: dict[str, Any]) -> str:
     """
     servers = results["servers"]
     memory = max(x["weights"]["total"] + x["memory"]["kv_cache_bytes"] for x in servers.values())
-    lines = table_head(_MEMORY_COLUMNS)
+    lines = []
     for name, x in servers.items():
         weights, found = x["weights"], x["memory"]
         per_token = found["kv_cache_bytes"] / found["kv_cache_tokens"]
@@ -108,8 +108,8 @@ def memory_table(results: dict[str, Any]) -> str:
             f"{statistics.median(start['seconds'] for start in x['starts']):.1f}" if x["starts"] else "",
             f"{statistics.median(loads):.2f}" if loads else "",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(_MEMORY_COLUMNS, lines)
 
 
 def plot(results: dict[str, Any], output: Path) -> None:

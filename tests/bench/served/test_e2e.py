@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pifa_vllm.bench import e2e as module
-from pifa_vllm.bench.e2e import e2e, parse_servers, random_models, real_models
-from pifa_vllm.bench.e2e_load import Workload
-from pifa_vllm.bench.e2e_models import SHAPES, ranks_of, save_random_model, weight_bytes
-from pifa_vllm.bench.e2e_report import memory_table, plot, rate, ratios, speed_table
-from pifa_vllm.bench.e2e_server import Server
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.served import e2e as module
+from pifa_vllm.bench.served.e2e import e2e, parse_servers, random_models, real_models
+from pifa_vllm.bench.served.load import Workload
+from pifa_vllm.bench.served.models import SHAPES, ranks_of, save_random_model, weight_bytes
+from pifa_vllm.bench.served.report import memory_table, plot, rate, ratios, speed_table
+from pifa_vllm.bench.served.server import Server
 from pifa_vllm.checkpoint import Checkpoint
 from pifa_vllm.cli import main
 from pifa_vllm.errors import PifaError
@@ -207,7 +208,7 @@ def test_eager_servers_compile_nothing(tmp_path, sent):
     assert name == "pifa-float32-eager"
     assert environment == {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
     # The variables are those of the image.
-    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    dockerfile = (Path(__file__).parents[3] / "Dockerfile").read_text()
     assert all(f"{variable}={value}" in dockerfile for variable, value in environment.items())
 
 
@@ -305,9 +306,8 @@ def test_real_servers_answer_the_load_generator(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["e2e-cpu-1b", "e2e-smollm2"])
 def test_the_tables_of_the_readme_are_those_of_the_committed_results(name):
-    room = Path(module.__file__).parent
-    results = json.loads((room / "results" / f"{name}.json").read_text())
-    readme = (room / "README.md").read_text()
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    readme = (RESULTS.parent / "README.md").read_text()
     assert speed_table(results) in readme
     assert memory_table(results) in readme
     assert results["commands"]

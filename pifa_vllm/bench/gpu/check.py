@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pifa_vllm.bench.cost_model import DENSITIES, TOKENS, layer_ranks
-from pifa_vllm.bench.gpu_layers import capture, layer_times, random_factors
+from pifa_vllm.bench.gpu.cost_model import DENSITIES, TOKENS, layer_ranks
+from pifa_vllm.bench.gpu.layers import capture, layer_times
 from pifa_vllm.bench.shapes import SHAPES
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
@@ -166,6 +166,17 @@ def check_compile(device: str) -> int:
     if graphs != 1:
         raise PifaError(f"gpu-check: torch.compile: expected one graph for all token counts, found {graphs}.")
     return len(counts)
+
+
+def random_factors(
+    ranks: Sequence[int], sizes: Sequence[int], n: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random pivot_weight, coefficients (of at most 1) and out_rows, as `pifa_linear` takes them."""
+    pivot_weight = torch.randn(sum(ranks), n, device=device) / n**0.5
+    numbers = sum((m - r) * r for r, m in zip(ranks, sizes, strict=True))
+    coefficients = torch.rand(numbers, device=device) * 2 - 1
+    out_rows = torch.randperm(sum(sizes), device=device).to(torch.int32)
+    return pivot_weight.to(dtype), coefficients.to(dtype), out_rows
 
 
 def _float64(

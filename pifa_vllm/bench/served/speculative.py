@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pifa_vllm.bench.machine import describe_machine
 from pifa_vllm.checkpoint import load_tokenizer, read_config, read_json
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
@@ -80,8 +81,6 @@ def speculative(
         PifaError: if a measuring process fails.
         CheckpointError: if a directory is damaged.
     """
-    from pifa_vllm.bench.quality import describe_machine
-
     prompts = make_prompts(dense, text)
     dtype = read_json(dense / "config.json").get("dtype")
     subject = {
@@ -241,7 +240,7 @@ def _measure_apart(job: Job) -> dict[str, Any]:
         told, answer = Path(directory) / "job.json", Path(directory) / "row.json"
         told.write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, "-m", "pifa_vllm.bench.speculative", str(told), str(answer)], check=False
+            [sys.executable, "-m", "pifa_vllm.bench.served.speculative", str(told), str(answer)], check=False
         )
         if done.returncode != 0 or not answer.is_file():
             raise PifaError(

@@ -2,8 +2,16 @@ import json
 
 import pytest
 
-from pifa_vllm.bench import cost_model
-from pifa_vllm.bench.cost_model import GPUS, NUMBER, dense_launch, factored_launches, layer_ranks, layer_table
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.gpu import cost_model
+from pifa_vllm.bench.gpu.cost_model import (
+    GPUS,
+    NUMBER,
+    dense_launch,
+    factored_launches,
+    layer_ranks,
+    layer_table,
+)
 from pifa_vllm.bench.shapes import SHAPES
 from pifa_vllm.factorization import pifa_parameters, pifa_rank
 
@@ -12,8 +20,9 @@ CASES = [(gpu, model, layer) for gpu in GPUS for model in SHAPES for layer in SH
 
 def test_committed_predictions_are_those_of_this_source(tmp_path):
     cost_model.write(tmp_path / "predicted.json")
-    assert cost_model.RESULTS.read_text() == (tmp_path / "predicted.json").read_text()
-    assert "not a measurement" in json.loads(cost_model.RESULTS.read_text())["kind"]
+    committed = (RESULTS / "predicted-layers.json").read_text()
+    assert committed == (tmp_path / "predicted.json").read_text()
+    assert "not a measurement" in json.loads(committed)["kind"]
 
 
 @pytest.mark.parametrize(("name", "model", "layer"), CASES, ids=lambda c: getattr(c, "name", c))

@@ -26,8 +26,6 @@ from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
 from pifa_vllm.ops.triton import configs, decode, partials, prefill, shards
 
-RESULTS = Path(__file__).parent / "results" / "cubins.json"
-
 _MODULES = {"decode": decode, "partials": partials, "prefill": prefill}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -169,7 +167,7 @@ def source_hash() -> str:
 
 
 def cubins(
-    output: Path = RESULTS,
+    output: Path,
     *,
     families: Sequence[str] = tuple(CHIPS),
     dtypes: Sequence[str] = tuple(DTYPES),

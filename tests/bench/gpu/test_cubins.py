@@ -5,11 +5,12 @@ import json
 import pytest
 import triton
 
-from pifa_vllm.bench import cubins
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.gpu import cubins
 from pifa_vllm.errors import PifaError
 from pifa_vllm.ops.triton import decode, prefill
 
-COMMITTED = json.loads(cubins.RESULTS.read_text())
+COMMITTED = json.loads((RESULTS / "cubins.json").read_text())
 
 
 def test_committed_figures_are_of_this_source():

@@ -18,18 +18,26 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.functional import linear
+from torch.utils.benchmark import Timer
 
+from pifa_vllm.bench.layer.forwards import (
+    Forward,
+    Implementation,
+    dense,
+    pifa,
+    random_matrix,
+    reference,
+)
 from pifa_vllm.bench.shapes import LayerShape
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import lowrank_rank, pifa_rank, remaining_rows
-from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
+from pifa_vllm.ops import pifa_linear
 
 # Beyond any last-level cache of a single socket that is common today.
 _WORKING_SET = 192 * 2**20
 _SECONDS = 0.5  # per case and implementation, unless that is fewer runs than _MIN_RUNS
 _MIN_RUNS, _MAX_RUNS = 5, 60
-
-Forward = Callable[[Tensor], Tensor]
+_CEILING_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,6 @@ class Row:
     gflops: float
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """Something to time: its parameter count, and a function that makes one instance with weights of its own."""
-
-    name: str
-    dtype: torch.dtype
-    parameters: int
-    make: Callable[[], Forward]
-
-
 def implementations(shape: LayerShape, density: float, dtypes: Sequence[torch.dtype]) -> list[Implementation]:
     """List what is compared on one layer.
 
@@ -95,19 +93,19 @@ def implementations(shape: LayerShape, density: float, dtypes: Sequence[torch.dt
     n, ms = shape.n, shape.out_features
     ranks = [pifa_rank(m, n, density) for m in ms]
     plain = [lowrank_rank(m, n, density) for m in ms]
-    kept = sum(r * (m + n) - r * r for r, m in zip(ranks, ms, strict=True))
+    kept = sum(pifa_parameters(m, n, r) for r, m in zip(ranks, ms, strict=True))
     found = []
     for dtype in dtypes:
         found += [
-            Implementation("dense", dtype, shape.m * n, partial(_dense, shape, dtype)),
+            Implementation("dense", dtype, shape.m * n, partial(dense, shape, dtype)),
             Implementation("dense-ours", dtype, shape.m * n, partial(_dense_ours, shape, dtype)),
-            Implementation("pifa", dtype, kept, partial(_pifa, shape, ranks, dtype)),
-            Implementation("reference", dtype, kept, partial(_reference, shape, ranks, dtype)),
+            Implementation("pifa", dtype, kept, partial(pifa, shape, ranks, dtype)),
+            Implementation("reference", dtype, kept, partial(reference, shape, ranks, dtype)),
         ]
         if _vllm_linear() is not None:
             found.append(Implementation("dense-vllm", dtype, shape.m * n, partial(_dense_vllm, shape, dtype)))
         for name, low in (("lowrank-rank", ranks), ("lowrank-density", plain)):
-            parameters = sum(r * (m + n) for r, m in zip(low, ms, strict=True))
+            parameters = sum(lowrank_parameters(m, n, r) for r, m in zip(low, ms, strict=True))
             found.append(Implementation(name, dtype, parameters, partial(_lowrank, shape, low, dtype)))
     return found
 
@@ -120,7 +118,7 @@ def measure(shape: LayerShape, tokens: int, density: float, dtypes: Sequence[tor
         PifaError: if an implementation's output is not that of the others with the same weights' shape.
     """
     compared = implementations(shape, density, dtypes)
-    instances = [_copies(item) for item in compared]
+    instances = [item.copies(_WORKING_SET) for item in compared]
     inputs = {dtype: torch.randn(tokens, shape.n).to(dtype) for dtype in dtypes}
     seconds: list[list[float]] = [[] for _ in compared]
     for item, forwards in zip(compared, instances, strict=True):
@@ -167,13 +165,8 @@ def ceilings() -> dict[str, float]:
     a, b = torch.randn(2048, 4096), torch.randn(4096, 4096)
 
     def median(work: Callable[[], object]) -> float:
-        work()
-        times = []
-        for _ in range(7):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=_CEILING_SECONDS).median
 
     nbytes = source.numel() * 4
     return {
@@ -188,23 +181,8 @@ def to_json(rows: Sequence[Row], machine: dict[str, Any], command: str) -> dict[
     return {"command": command, "machine": machine, "rows": [asdict(row) for row in rows]}
 
 
-def _copies(item: Implementation) -> list[Forward]:
-    nbytes = max(item.parameters * item.dtype.itemsize, 1)
-    return [item.make() for _ in range(max(1, min(64, -(-_WORKING_SET // nbytes))))]
-
-
-def _random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    scale: float = max(columns, 1) ** -0.5
-    return (torch.randn(rows, columns) * scale).to(dtype)
-
-
-def _dense(shape: LayerShape, dtype: torch.dtype) -> Forward:
-    weight = _random(shape.m, shape.n, dtype)
-    return lambda x: linear(x, weight)
-
-
 def _dense_ours(shape: LayerShape, dtype: torch.dtype) -> Forward:
-    weight = _random(shape.m, shape.n, dtype)
+    weight = random_matrix(shape.m, shape.n, dtype)
     return lambda x: pifa_linear(x, weight, weight.new_empty(0), None, [shape.m], [shape.m])
 
 
@@ -213,7 +191,7 @@ def _dense_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
     if dispatch is None:
         raise PifaError("vLLM is not installed.")
     holder = Module()
-    holder.weight = Parameter(_random(shape.m, shape.n, dtype), requires_grad=False)
+    holder.weight = Parameter(random_matrix(shape.m, shape.n, dtype), requires_grad=False)
     dispatch(holder, remove_weight=True)
     packed: Callable[..., Tensor] = holder.cpu_linear  # type: ignore[assignment]  # set by the line above
     return lambda x: packed(x, holder.weight, None)
@@ -228,40 +206,9 @@ def _vllm_linear() -> Callable[..., None] | None:
     return dispatch
 
 
-def _pivots(shape: LayerShape, ranks: Sequence[int]) -> list[Tensor]:
-    return [torch.randperm(m)[:r].sort().values for r, m in zip(ranks, shape.out_features, strict=True)]
-
-
-def _pifa(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype) -> Forward:
-    pivot_weight = _random(sum(ranks), shape.n, dtype)
-    parts = [_random(m - r, r, dtype).flatten() for r, m in zip(ranks, shape.out_features, strict=True)]
-    coefficients = torch.cat(parts)
-    rows = stacked_rows(_pivots(shape, ranks), shape.out_features)
-    out_features = list(shape.out_features)
-    return lambda x: pifa_linear(x, pivot_weight, coefficients, rows, list(ranks), out_features)
-
-
-def _reference(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype) -> Forward:
-    modules = []
-    for r, m, pivots in zip(ranks, shape.out_features, _pivots(shape, ranks), strict=True):
-        rest = remaining_rows(pivots, m)
-        modules.append((_random(r, shape.n, dtype), _random(m - r, r, dtype), pivots, rest, m))
-
-    def module(x: Tensor, w: Tensor, c: Tensor, pivots: Tensor, rest: Tensor, m: int) -> Tensor:
-        y_p = linear(x, w)
-        y_np = linear(y_p, c)
-        y = x.new_empty(*x.shape[:-1], m)
-        return y.index_copy_(-1, pivots, y_p).index_copy_(-1, rest, y_np)
-
-    if len(modules) == 1:
-        return lambda x: module(x, *modules[0])
-    # One module after another, as an unfused model runs them; a caller gets one output each.
-    return lambda x: torch.cat([module(x, *parts) for parts in modules], dim=-1)
-
-
 def _lowrank(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype) -> Forward:
     factors = [
-        (_random(r, shape.n, dtype), _random(m, r, dtype))
+        (random_matrix(r, shape.n, dtype), random_matrix(m, r, dtype))
         for r, m in zip(ranks, shape.out_features, strict=True)
     ]
 

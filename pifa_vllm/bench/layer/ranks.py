@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pifa_vllm.bench.shapes import LAYERS, SHAPES, LayerShape
-from pifa_vllm.bench.table import table_head
+from pifa_vllm.bench.table import markdown_table
 from pifa_vllm.factorization import pifa_rank
 from pifa_vllm.plugin.column import ColumnLayout
 from pifa_vllm.plugin.layout import Layout, Shard
 from pifa_vllm.plugin.row import RowLayout
 
-RESULTS = Path(__file__).parent / "results" / "tensor-parallel.json"
 SIZES = (1, 2, 4, 8)
 NUMBER = 2  # bytes
 TILE = 16  # ranks are multiples of it, as `pifa-vllm compress` makes them
@@ -84,16 +82,14 @@ def share_table(found: dict[str, Any], model: str) -> str:
     """Markdown: bytes per rank and traffic per token of each scheme."""
     rows = found["models"][model]
     sizes = sorted({row["ranks"] for row in rows})
-    sent = f"sent per token, t = {sizes[-1]}"
-    lines = table_head(["scheme", *(f"t = {t}" for t in sizes), sent, "collectives per layer"])
+    lines = []
     for scheme, title in TITLES.items():
         mine = {row["ranks"]: row for row in rows if row["scheme"] == scheme}
-        cells = [f"{mine[t]['bytes'] / 1e9:.2f} GB ({mine[t]['part']:.3f})" for t in sizes]
+        held = [f"{mine[t]['bytes'] / 1e9:.2f} GB ({mine[t]['part']:.3f})" for t in sizes]
         last = mine[sizes[-1]]
-        lines.append(
-            f"| {title} | {' | '.join(cells)} | {last['traffic'] / 1e6:.2f} MB | {last['collectives']} |"
-        )
-    return "\n".join(lines)
+        lines.append([title, *held, f"{last['traffic'] / 1e6:.2f} MB", str(last["collectives"])])
+    sent = f"sent per token, t = {sizes[-1]}"
+    return markdown_table(["scheme", *(f"t = {t}" for t in sizes), sent, "collectives per layer"], lines)
 
 
 def _count(scheme: str, layer: LayerShape, density: float, t: int) -> tuple[int, float]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from pifa_vllm.bench.e2e_load import Workload, send
-from pifa_vllm.bench.e2e_models import SHAPES, Form, ModelShape, save_random_model, weight_bytes
-from pifa_vllm.bench.e2e_server import Server, settings
-from pifa_vllm.bench.quality import describe_machine
+from pifa_vllm.bench.machine import describe_machine
+from pifa_vllm.bench.served.load import Workload, send
+from pifa_vllm.bench.served.models import SHAPES, Form, ModelShape, save_random_model, weight_bytes
+from pifa_vllm.bench.served.server import Server, settings
 from pifa_vllm.checkpoint import read_config, read_json
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
