@@ -8,14 +8,13 @@ import signal
 import sys
 from pathlib import Path
 
-# How often, and how much at once.
 _COUNTS = {
-    "starts": (4, "of both servers"),
-    "turns": (40, "of single requests, per start"),
-    "requests": (10, "in each turn"),
-    "rounds": (30, "of throughput, per start"),
-    "at-once": (8, "requests together"),
-    "tokens": (32, "of each of those"),
+    "--starts": (4, "of both servers"),
+    "--turns": (40, "of single requests, per start"),
+    "--requests": (10, "in each turn"),
+    "--rounds": (30, "of throughput, per start"),
+    "--at-once": (8, "requests together"),
+    "--tokens": (32, "of each of those"),
 }
 
 
@@ -32,7 +31,7 @@ def add_overhead(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--output", type=Path, required=True, metavar="JSON", help="results")
     add("--name", help="of the model in the results (default: the directory's)")
     for option, (default, what) in _COUNTS.items():
-        add(f"--{option}", type=int, default=default, help=f"{what} (default: %(default)s)")
+        add(option, type=int, default=default, help=f"{what} (default: %(default)s)")
     parser.set_defaults(run=run, accepts_extra=True)
 
 
@@ -40,18 +39,25 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write."""
     from pifa_vllm_server.launch import parse_arguments
 
-    from pifa_vllm.bench.served.overhead import overhead
+    from pifa_vllm.bench.served.overhead import Amounts, overhead
     from pifa_vllm.cli.cpu import set_cpu_defaults
     from pifa_vllm.errors import PifaError
 
-    counts = {option.replace("-", "_"): option for option in _COUNTS}
-    for name, option in counts.items():
-        if getattr(args, name) < 1:
-            raise PifaError(f"--{option}: expected 1 or more, found {getattr(args, name)}.")
+    counts = {option: getattr(args, option.strip("-").replace("-", "_")) for option in _COUNTS}
+    for option, count in counts.items():
+        if count < 1:
+            raise PifaError(f"{option}: expected 1 or more, found {count}.")
     # An exception, on whose way out the halted servers are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     set_cpu_defaults(parse_arguments(str(args.model), args.extra), args.extra)
-    name = args.name or args.model.name
-    figures = {count: getattr(args, count) for count in counts}
-    print(json.dumps(overhead(args.model, args.output, name=name, flags=args.extra, **figures), indent=1))
+    starts, *amounts = counts.values()
+    summary = overhead(
+        args.model,
+        args.output,
+        Amounts(*amounts),
+        starts=starts,
+        name=args.name or args.model.name,
+        flags=args.extra,
+    )
+    print(json.dumps(summary, indent=1))
     return 0

@@ -54,11 +54,11 @@ class Share:
     collectives: int
 
 
-def shares(model: str, density: float, sizes: Iterable[int] = SIZES) -> list[Share]:
+def shares(model: str, density: float) -> list[Share]:
     """Count all schemes for a model of `bench.shapes`."""
     dense_bytes = LAYERS[model] * NUMBER * sum(layer.n * layer.m for layer in SHAPES[model])
     found = []
-    for t in sizes:
+    for t in SIZES:
         for scheme in TITLES:
             layers = [_count(scheme, layer, density, t) for layer in SHAPES[model]]
             held = LAYERS[model] * NUMBER * sum(numbers for numbers, _ in layers)

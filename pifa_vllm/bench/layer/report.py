@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pifa_vllm.bench.plot import new_figure, save_figure
 from pifa_vllm.bench.table import markdown_table
+from pifa_vllm.checkpoint.atomic import replace_file
 
 _DENSE = ("dense", "dense-vllm")
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -109,19 +109,16 @@ def dispatch_table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], output: Path) -> None:
-    """Draw time relative to dense float32 over the number of tokens, one panel per layer, as SVG.
+    """Draw time relative to dense float32 over the number of tokens, one panel per layer, as SVG."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        PifaError: if matplotlib is not installed.
-    """
     density = min(row["density"] for row in results["rows"])
     cases = _cases(results["rows"], density)
     layers = list(dict.fromkeys(layer for layer, _ in cases))
     columns = min(3, len(layers))
     rows_of_panels = -(-len(layers) // columns)
-    figure, axes = new_figure(
-        rows_of_panels, columns, figsize=(4.2 * columns, 3.4 * rows_of_panels), sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows_of_panels), layout="tight")
+    axes = figure.subplots(rows_of_panels, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(layers) :]:
         axis.set_visible(False)
     for axis, layer in zip(axes.flat, layers, strict=False):
@@ -146,7 +143,7 @@ def plot(results: dict[str, Any], output: Path) -> None:
         axis.minorticks_off()
     axes[0, 0].set_ylabel(f"times faster than dense f32 (density {density:g})")
     axes[0, 0].legend(fontsize="small")
-    save_figure(figure, output)
+    replace_file(output, lambda path: figure.savefig(path, format="svg"))
 
 
 def _cases(rows: Rows, density: float) -> dict[tuple[str, int], list[dict[str, Any]]]:

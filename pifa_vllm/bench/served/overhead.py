@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from pifa_vllm_server.model import versions
@@ -31,7 +31,27 @@ from pifa_vllm.served import ServerProcess, free_port
 _SERVERS = ("pifa-vllm", "vllm")
 # What the server does for a request after its client has the last byte, such as logging it, belongs to it.
 _AFTERWARDS_SECONDS = 0.02
+# Of a request of which the first token counts.
+_FEW_TOKENS = 4
 _MEASURED = ("ttft_seconds", "request_cpu_seconds", "tokens_per_second", "token_cpu_seconds")
+
+
+class Amounts(NamedTuple):
+    """How often the servers are asked after each start, and for how much.
+
+    Attributes:
+        turns: of single requests, one after another.
+        requests: in each turn.
+        rounds: of throughput.
+        at_once: requests together, for throughput.
+        tokens: of each of those.
+    """
+
+    turns: int
+    requests: int
+    rounds: int
+    at_once: int
+    tokens: int
 
 
 def server(name: str, directory: Path, flags: list[str], log: Path) -> ServerProcess:
@@ -44,9 +64,9 @@ def server(name: str, directory: Path, flags: list[str], log: Path) -> ServerPro
     )
 
 
-async def first_token(client: httpx.AsyncClient, url: str, prompt: str) -> float:
-    """Seconds until the first piece of a streamed answer arrives."""
-    request = {"model": "model", "prompt": prompt, "max_tokens": 4, "stream": True, "ignore_eos": True}
+async def ask(client: httpx.AsyncClient, url: str, prompt: str, tokens: int) -> float:
+    """Stream a whole answer; returns the seconds until its first piece arrived."""
+    request = {"model": "model", "prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     began = time.perf_counter()
     async with client.stream("POST", f"{url}/v1/completions", json=request) as response:
         response.raise_for_status()
@@ -57,28 +77,6 @@ async def first_token(client: httpx.AsyncClient, url: str, prompt: str) -> float
         async for _ in lines:
             pass
     return seconds
-
-
-async def throughput(client: httpx.AsyncClient, url: str, at_once: int, tokens: int, seed: int) -> float:
-    """Generated tokens per second of streamed answers, `at_once` of them together."""
-
-    async def one(i: int) -> None:
-        prompt = f"Request {seed}.{i}: once upon a time there was"
-        request = {
-            "model": "model",
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "stream": True,
-            "ignore_eos": True,
-        }
-        async with client.stream("POST", f"{url}/v1/completions", json=request) as response:
-            response.raise_for_status()
-            async for _ in response.aiter_lines():
-                pass
-
-    began = time.perf_counter()
-    await asyncio.gather(*(one(i) for i in range(at_once)))
-    return at_once * tokens / (time.perf_counter() - began)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -102,18 +100,12 @@ def both_started(directory: Path, flags: list[str], ours_first: bool) -> Iterato
         yield running
 
 
-async def measure(
-    servers: dict[str, ServerProcess], turns: int, requests: int, rounds: int, at_once: int, tokens: int
-) -> dict[str, dict[str, list[float]]]:
+async def measure(servers: dict[str, ServerProcess], amounts: Amounts) -> dict[str, dict[str, list[float]]]:
     """Ask the servers in turn.
 
     Args:
         servers: by name, started and halted.
-        turns: of single requests, one after another.
-        requests: in each turn.
-        rounds: of throughput.
-        at_once: requests together, for throughput.
-        tokens: of each of those.
+        amounts: how often, and how much.
 
     Returns:
         By name: ttft_seconds (a turn's median) and request_cpu_seconds (its mean), one per turn; tokens_per_second
@@ -123,25 +115,31 @@ async def measure(
     # A connection for each request: servers close idle ones after some seconds, as a request may be on its way.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        for i in range(turns):
+        for i in range(amounts.turns):
             for name in _order(i):
                 async with _alone(servers[name], client):
                     before = cpu_seconds(servers[name].pid)
-                    prompts = [f"Question {i}.{j}: what is the capital of" for j in range(requests)]
-                    seconds = [await first_token(client, servers[name].url, prompt) for prompt in prompts]
+                    prompts = [f"Question {i}.{j}: what is the capital of" for j in range(amounts.requests)]
+                    seconds = [
+                        await ask(client, servers[name].url, prompt, _FEW_TOKENS) for prompt in prompts
+                    ]
                     await asyncio.sleep(_AFTERWARDS_SECONDS)
                     spent = cpu_seconds(servers[name].pid) - before
                 found[name]["ttft_seconds"].append(statistics.median(seconds))
-                found[name]["request_cpu_seconds"].append(spent / requests)
-        for i in range(rounds):
+                found[name]["request_cpu_seconds"].append(spent / amounts.requests)
+        for i in range(amounts.rounds):
             for name in _order(i):
                 async with _alone(servers[name], client):
                     before = cpu_seconds(servers[name].pid)
-                    rate = await throughput(client, servers[name].url, at_once, tokens, i)
+                    prompts = [f"Request {i}.{j}: once upon a time there was" for j in range(amounts.at_once)]
+                    began = time.perf_counter()
+                    answers = (ask(client, servers[name].url, prompt, amounts.tokens) for prompt in prompts)
+                    await asyncio.gather(*answers)
+                    rate = amounts.at_once * amounts.tokens / (time.perf_counter() - began)
                     await asyncio.sleep(_AFTERWARDS_SECONDS)
                     spent = cpu_seconds(servers[name].pid) - before
                 found[name]["tokens_per_second"].append(rate)
-                found[name]["token_cpu_seconds"].append(spent / (at_once * tokens))
+                found[name]["token_cpu_seconds"].append(spent / (amounts.at_once * amounts.tokens))
     return found
 
 
@@ -155,7 +153,7 @@ async def _alone(running: ServerProcess, client: httpx.AsyncClient) -> AsyncIter
     """Let one server go on, and halt it again."""
     running.resume()
     # Not counted: nothing of this server is in the processor's caches yet.
-    await first_token(client, running.url, "Once more")
+    await ask(client, running.url, "Once more", _FEW_TOKENS)
     yield
     running.suspend()
 
@@ -193,31 +191,17 @@ def summarize(starts: list[dict[str, dict[str, list[float]]]]) -> dict[str, Any]
 
 
 def overhead(
-    directory: Path,
-    output: Path,
-    *,
-    name: str,
-    flags: list[str],
-    starts: int,
-    turns: int,
-    requests: int,
-    rounds: int,
-    at_once: int,
-    tokens: int,
+    directory: Path, output: Path, amounts: Amounts, *, starts: int, name: str, flags: list[str]
 ) -> dict[str, Any]:
     """Start both servers several times, measure them, and write the results after each start.
 
     Args:
         directory: checkpoint.
         output: JSON file of results.
+        amounts: how often both are asked after each start, and for how much.
+        starts: of both servers, each the first as often as the other.
         name: of the model in the results.
         flags: of `vllm serve`, for both servers.
-        starts: of both servers.
-        turns: see `measure`; likewise the others.
-        requests: in each turn.
-        rounds: of throughput.
-        at_once: requests together.
-        tokens: of each of those.
 
     Returns:
         What `summarize` does.
@@ -228,13 +212,13 @@ def overhead(
     measured = []
     for i in range(starts):
         with both_started(directory, flags, ours_first=i % 2 == 0) as servers:
-            measured.append(asyncio.run(measure(servers, turns, requests, rounds, at_once, tokens)))
+            measured.append(asyncio.run(measure(servers, amounts)))
         report = {
             "model": name,
             "flags": flags,
-            "requests": requests,
-            "at_once": at_once,
-            "tokens": tokens,
+            "requests": amounts.requests,
+            "at_once": amounts.at_once,
+            "tokens": amounts.tokens,
             "machine": describe_machine(),
             "versions": versions(),
             "summary": summarize(measured),

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pifa_vllm.bench.plot import new_figure, save_figure
 from pifa_vllm.bench.served.load import Workload
 from pifa_vllm.bench.table import markdown_table
+from pifa_vllm.checkpoint.atomic import replace_file
 
 _SPEED_COLUMNS = (
     "requests",
@@ -113,25 +113,24 @@ def memory_table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], output: Path) -> None:
-    """Draw every server's rate against the first server's, per workload, with the spread over rounds, as SVG.
+    """Draw every server's rate against the first server's, per workload, with the spread over rounds, as SVG."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        PifaError: if matplotlib is not installed.
-    """
     bars = [
         (f"{Workload(**cell['workload']).name}\n{name} to {cell['servers'][0]}", *ratios(cell, name))
         for cell in results["cells"]
         for name in cell["servers"][1:]
     ]
     labels, middles, lows, highs = zip(*reversed(bars), strict=True)
-    figure, axis = new_figure(figsize=(8.0, 1.0 + 0.5 * len(bars)))
+    figure = Figure(figsize=(8.0, 1.0 + 0.5 * len(bars)), layout="tight")
+    axis = figure.subplots()
     below = [max(0.0, m - low) for m, low in zip(middles, lows, strict=True)]
     above = [max(0.0, high - m) for m, high in zip(middles, highs, strict=True)]
     axis.barh(labels, middles, xerr=[below, above], color="tab:blue", ecolor="black", capsize=2)
     axis.axvline(1.0, color="grey", linewidth=0.8)
     axis.set_xlabel("times the rate (prompt tokens/s where one token is generated, else generated tokens/s)")
     axis.tick_params(labelsize="small")
-    save_figure(figure, output)
+    replace_file(output, lambda path: figure.savefig(path, format="svg"))
 
 
 def _milliseconds(seconds: list[float]) -> tuple[str, str]:
