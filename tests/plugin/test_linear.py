@@ -10,10 +10,11 @@ pytest.importorskip("vllm")
 
 from pifa_vllm.checkpoint import PIFAConfig
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
-from pifa_vllm.factorization import PIFA, factorize_dense
+from pifa_vllm.factorization import PIFA
 from pifa_vllm.plugin.layout import Shard
 from pifa_vllm.plugin.linear import PIFALinearMethod
 from pifa_vllm.plugin.view import CheckpointView
+from tests.pifa_tiny import factors_of
 
 N = 32
 SIZES = (48, 16, 16)
@@ -55,7 +56,7 @@ def qkv_tensors():
             tensors["weight", shard] = weight
             dense.append(weight)
             continue
-        factors = factorize_dense(weight, rank).to(torch.float32)
+        factors = factors_of(weight, rank).to(torch.float32)
         tensors["pivot_weight", shard] = factors.pivot_weight
         tensors["coefficients", shard] = factors.coefficients
         tensors["pivot_rows", shard] = factors.pivot_rows
@@ -113,7 +114,7 @@ def test_reloading_counts_a_layer_complete_with_its_last_tensor(ranks):
 
 def test_a_single_module_is_loaded_without_a_shard_id():
     layer = make_layer([Shard("layers.0.mlp.down_proj", 9)], [24])
-    factors = factorize_dense(torch.randn(24, N), 9).to(torch.float32)
+    factors = factors_of(torch.randn(24, N), 9).to(torch.float32)
     for suffix in ("pivot_weight", "coefficients", "pivot_rows"):
         parameter = getattr(layer, suffix)
         parameter.weight_loader(parameter, getattr(factors, suffix))
@@ -131,7 +132,7 @@ def test_extreme_ranks(rank):
     rows = torch.arange(rank, dtype=torch.int32)
     shards = [
         PIFA(torch.randn(rank, N), torch.randn(16 - rank, rank), rows),
-        factorize_dense(torch.randn(16, N), 3).to(torch.float32),
+        factors_of(torch.randn(16, N), 3).to(torch.float32),
     ]
     for index, factors in enumerate(shards):
         load(layer, {(s, index): getattr(factors, s) for s in ("pivot_weight", "coefficients", "pivot_rows")})
