@@ -1,7 +1,9 @@
-"""Every table of figures in the README is what its committed results give."""
+"""The figures of the front page and of the pages that it leads to are what their committed results give."""
 
 import importlib
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,18 +12,90 @@ from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.gpu.cost_model import layer_table
 from pifa_vllm.bench.layer.report import block_table, ratio_table
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
+from pifa_vllm.bench.served.report import memory_table, ratios
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "pifa_vllm"
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    for page in (page for page in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(page.parts)):
+        for link in re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_front_pages_perplexities_are_the_committed_ones():
+    """Density, kept, mpifa-exact, SVD-LLM."""
+    readme = (ROOT / "README.md").read_text()
+    results = read("quality-smollm2.json")
+    rows = {(row["variant"], row["density"]): row for row in results["rows"]}
+    for density in (0.8, 0.6, 0.5):
+        ours, other = rows["mpifa-exact", density], rows["svd-llm", density]
+        line = f"| {density} | {ours['kept_density']:.2f} | {ours['perplexity']:.1f} | {other['perplexity']:.1f} |"
+        assert line in readme
+    dense = rows["dense", 1.0]
+    assert f"dense: {dense['perplexity']:.2f}" in readme
+    assert f"here {rows['mpifa-exact', 0.8]['nll'] - dense['nll']:.2f}." in readme
+    raw = read("reference-comparison.json")["eight_windows"]
+    assert f"costs {math.log(raw['mpifa-exact']['0.8'] / raw['dense']):.2f} nats per token" in readme
+
+
+def test_the_front_pages_speeds_are_the_committed_ones():
+    """Where dense bfloat16 is the better dense, both are of the run that it was part of."""
+    readme = (ROOT / "README.md").read_text()
+    one, eight, prompt, one_more, eight_more = read("e2e-cpu-1b.json")["cells"]
+    better = ratios(one_more, "pifa-bfloat16")[0] / ratios(one_more, "dense-bfloat16")[0]
+    assert better < ratios(one_more, "pifa-bfloat16")[0]
+    assert ratios(eight_more, "dense-bfloat16")[0] < 1.0
+    for name, cell, other in (
+        ("one request, tokens/s", one, f"{better:.2f}x (dense bfloat16)"),
+        ("eight requests, tokens/s", eight, f"{ratios(eight_more, 'pifa-bfloat16')[0]:.2f}x (dense float32)"),
+        ("a prompt of 1,024 tokens", prompt, f"{ratios(prompt, 'pifa-bfloat16')[0]:.2f}x (dense float32)"),
+    ):
+        assert f"| {name} | {ratios(cell, 'pifa-float32')[0]:.2f}x | {other} |" in readme
+    cells = [line.split(" | ") for line in memory_table(read("e2e-cpu-1b.json")).splitlines()[2:]]
+    tokens = {row[0].removeprefix("| "): int(row[4]) for row in cells}
+    float32, bfloat16 = (tokens[f"pifa-{x}"] / tokens[f"dense-{x}"] for x in ("float32", "bfloat16"))
+    line = f"| KV-cache tokens in the same memory | {float32:.1f}x | {bfloat16:.1f}x (dense bfloat16) |"
+    assert line in readme
+    block = read("layer-cpu-llama2-7b.json")
+    cells = block_table(block, 0.5, "block").splitlines()[2].split(" | ")
+    assert f"gains {float(cells[3][:-1]) / float(cells[8][:-1]):.2f}x at one token" in readme
+
+
+def test_the_paper_s_own_implementation_is_compared_on_one_text():
+    found = read("reference-comparison.json")
+    reference, ours = found["reference"], found["pifa_vllm_c54111e"]
+    page = (PACKAGE / "compression/README.md").read_text()
+    for density in ("0.8", "0.6", "0.5"):
+        figures = [found["dense"], reference["svd_llm_w_lowrank"][density], reference["mpifa"][density]]
+        figures += [ours["mpifa"].get(density), ours["mpifa-exact"][density]]
+        cells = ["" if x is None else f"{x:.1f}" for x in figures]
+        assert f"| {density} | {' | '.join(cells)} |" in page
+    for method, density, said in (
+        ("mpifa", "0.8", "3 % worse"),
+        ("mpifa", "0.6", "2 % better"),
+        ("mpifa-exact", "0.6", "10 % better"),
+        ("mpifa-exact", "0.5", "14 %"),
+    ):
+        assert (
+            f"{abs(ours[method][density] / reference['mpifa'][density] - 1):.0%}".replace("%", " %") in said
+        )
+        assert said in page
 
 
 @pytest.mark.parametrize("table", [perplexity_table, cost_table])
 def test_tables_are_those_of_the_committed_results(table):
-    results = json.loads((RESULTS / "quality-smollm2.json").read_text())
-    assert table(results) in (ROOT / "README.md").read_text()
+    assert table(read("quality-smollm2.json")) in (PACKAGE / "compression/README.md").read_text()
 
 
 def test_layer_tables_are_those_of_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
+    readme = (PACKAGE / "ops/README.md").read_text()
     squares = json.loads((RESULTS / "layer-cpu-squares.json").read_text())
     assert ratio_table(squares, 0.5) in readme
     block = json.loads((RESULTS / "layer-cpu-llama2-7b.json").read_text())
@@ -32,7 +106,7 @@ def test_the_table_of_gpus_is_the_committed_prediction_and_says_so():
     predictions = json.loads((RESULTS / "predicted-layers.json").read_text())
     table = layer_table(predictions, 0.5)
     assert "prediction" in table
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (PACKAGE / "ops/README.md").read_text()
 
 
 def test_results_say_how_they_were_made():
