@@ -125,4 +125,4 @@ digests:
 	$(PYTHON) .ci/digests.py Dockerfile deploy/compose.yaml
 
 clean:
-	rm -rf $(VENV) $(MATRIX_DIR) $(TOOLS) build *.egg-info sbom.cdx.json
+	rm -rf $(VENV) $(MATRIX_DIR) $(TOOLS) build dist *.egg-info sbom.cdx.json
