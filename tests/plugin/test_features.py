@@ -124,7 +124,7 @@ def test_speculation_is_refused_where_vllm_cannot(monkeypatch):
     with pytest.raises(
         UnsupportedModelError, match=r"--speculative-config: vLLM .* cannot verify drafts on CPUs"
     ):
-        engine.prepare(None, settings)
+        engine.prepare(None, settings, drafts=False)
 
 
 def test_a_newer_format_is_refused(llamas, tmp_path):

@@ -10,7 +10,7 @@ pytest.importorskip("starlette")
 
 from pifa_vllm_server.answer import Answer
 
-START = {"type": "http.response.start", "status": 200, "headers": [(b"X-Request-Id", b"id-1")]}
+START = {"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"id-1")]}
 
 
 def pieces(*bodies):
