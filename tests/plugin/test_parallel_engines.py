@@ -88,6 +88,7 @@ def test_pipeline_stages_hold_their_own_layers(served):
             assert not any(name.startswith(f"model.layers.{1 - stage}.") for name in names)
 
 
+@pytest.mark.long
 def test_an_engine_in_a_ray_actor(models, tmp_path):
     """On a real cluster of this one machine; vLLM's own Ray executor takes no CPUs, whatever the model."""
     pytest.importorskip("ray")
