@@ -28,7 +28,7 @@ RUN $INSTALL --retries 0 --timeout 3 --extra-index-url "$TORCH_INDEX" -r torch.l
     || $INSTALL --extra-index-url "$TORCH_INDEX" -r torch.lock
 RUN $INSTALL -r image.lock
 
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY pifa_vllm pifa_vllm
 COPY server server
 RUN pip install --no-deps --no-build-isolation .
@@ -77,7 +77,7 @@ RUN apt-get update \
     && groupadd --gid 10001 pifa \
     && useradd --uid 10001 --gid 10001 --create-home --home-dir /home/pifa pifa
 WORKDIR /src
-COPY LICENSE README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml setup.py ./
 COPY pifa_vllm pifa_vllm
 COPY server server
 COPY requirements-cpu.lock ./

@@ -26,7 +26,7 @@ def test_importing_is_light(module: str) -> None:
         "vllm",
         "pydantic",
         "rich",
-        "pifa_vllm.compress",
+        "pifa_vllm.compression",
         "pifa_vllm.hf",
     }
     assert python(f"import sys, {module}", f"print(sorted({heavy} & set(sys.modules)))") == "[]"

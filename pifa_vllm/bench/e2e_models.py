@@ -17,8 +17,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards
 from pifa_vllm.checkpoint.writer import module_tensors
-from pifa_vllm.compress.allocation import allocate, kept_parameters, uniform
-from pifa_vllm.compress.decoder import LinearShape
+from pifa_vllm.compression.allocation import allocate, kept_parameters, uniform
+from pifa_vllm.compression.decoder import LinearShape
 from pifa_vllm.factorization import PIFA, lowrank_parameters
 
 Form = Literal["dense", "pifa", "lowrank"]

@@ -17,7 +17,7 @@ import torch
 
 from pifa_vllm.checkpoint import read_json
 from pifa_vllm.checkpoint.atomic import replace_text
-from pifa_vllm.compress.report.record import read_report
+from pifa_vllm.compression.report.record import read_report
 from pifa_vllm.errors import PifaError
 from pifa_vllm.evaluate.perplexity import perplexity
 

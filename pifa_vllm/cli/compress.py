@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pifa_vllm.compress.options import CompressOptions
+    from pifa_vllm.compression.options import CompressOptions
 
 _EPILOG = """\
 The run prints its estimated memory, disk and time first (--dry-run prints them and stops). Killed at any moment,
@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging
 
-    from pifa_vllm.compress.pipeline import Compression
-    from pifa_vllm.compress.progress import make_progress
+    from pifa_vllm.compression.pipeline import Compression
+    from pifa_vllm.compression.progress import make_progress
     from pifa_vllm.errors import PifaError
 
     logging.disable_progress_bar()
@@ -152,8 +152,8 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
     Raises:
         PifaError: if they contradict one another or are out of range.
     """
-    from pifa_vllm.compress.allocation import load_recipe, uniform
-    from pifa_vllm.compress.options import CompressOptions
+    from pifa_vllm.compression.allocation import load_recipe, uniform
+    from pifa_vllm.compression.options import CompressOptions
     from pifa_vllm.errors import PifaError
 
     by_part = (args.attention_density, args.mlp_density)

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     method = None
     if args.record:
-        from pifa_vllm.compress.report.record import read_report
+        from pifa_vllm.compression.report.record import read_report
 
         method = read_report(args.model).method  # before minutes go into a result that has no place to go
     try:
@@ -138,8 +138,8 @@ def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
 def _record(args: argparse.Namespace, text: str, results: list[Perplexity], method: str) -> None:
     import hashlib
 
-    from pifa_vllm.compress.report.record import record
-    from pifa_vllm.compress.report.schema import CARD_NAME, Evaluation
+    from pifa_vllm.compression.report.record import record
+    from pifa_vllm.compression.report.schema import CARD_NAME, Evaluation
 
     digest = hashlib.sha256(text.encode()).hexdigest()
     evaluations = [

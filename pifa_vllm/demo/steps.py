@@ -15,13 +15,13 @@ from transformers.utils import logging
 
 from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.checkpoint.atomic import replace_text
-from pifa_vllm.compress.allocation import Recipe, uniform
-from pifa_vllm.compress.calibration.samples import load_samples
-from pifa_vllm.compress.calibration.token_file import write_tokens
-from pifa_vllm.compress.options import CompressOptions
-from pifa_vllm.compress.pipeline import Compression
-from pifa_vllm.compress.progress import make_progress
-from pifa_vllm.compress.report.schema import Method, Representation
+from pifa_vllm.compression.allocation import Recipe, uniform
+from pifa_vllm.compression.calibration.samples import load_samples
+from pifa_vllm.compression.calibration.token_file import write_tokens
+from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.pipeline import Compression
+from pifa_vllm.compression.progress import make_progress
+from pifa_vllm.compression.report.schema import Method, Representation
 from pifa_vllm.demo.chat import Server, ask
 from pifa_vllm.demo.smollm2 import save_dense_model
 from pifa_vllm.evaluate.perplexity import perplexity

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pifa_vllm.checkpoint import Shards, load_tokenizer
+from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows, first_line
+from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows
+from pifa_vllm.loading import load
 
 # Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
 _LOGITS = 2**24
@@ -59,7 +60,7 @@ def perplexity(
         max_windows=max_windows,
         special_tokens=special_tokens,
     )
-    loaded = model if isinstance(model, PreTrainedModel) else load_model(Path(source), dtype, device)
+    loaded = model if isinstance(model, PreTrainedModel) else load(source, dtype=dtype, device=device)
     check_fit(windows, loaded.config, source)
     loaded.eval()
     nlls = []
@@ -76,40 +77,6 @@ def perplexity(
         text_tokens=windows.text_tokens,
         window_nlls=tuple(nlls),
     )
-
-
-def load_model(directory: Path, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """Load a PIFA or dense model, checking first that its shards are there and whole.
-
-    Raises:
-        CheckpointError: naming the file.
-        EvaluationError: if transformers cannot make a model of it.
-    """
-    Shards(directory)
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise EvaluationError(
-            f"{directory}: transformers cannot load this model ({first_line(error)})."
-        ) from error
-    if found["missing_keys"]:
-        # transformers has filled them at random, with no more than a warning.
-        raise EvaluationError(
-            f"{directory}: tensor {min(found['missing_keys'])} is missing; {type(model).__name__} expects it."
-        )
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        # AssertionError: what torch raises where it was built without the device.
-        raise EvaluationError(
-            f"--device: expected a device that torch can use, found {device!r} ({first_line(error)})."
-        ) from error
 
 
 @torch.inference_mode()

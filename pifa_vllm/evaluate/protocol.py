@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pifa_vllm.checkpoint.files import reason
 from pifa_vllm.errors import EvaluationError
 
 
@@ -171,10 +172,5 @@ def load_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationError(
-            f"{directory}: transformers cannot load this model ({first_line(error)})."
+            f"{directory}: transformers cannot load this model ({reason(error)})."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says in its first line: transformers tends to go on with advice."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,7 +3,7 @@
 import json
 
 from pifa_vllm.cli import main
-from tests.compress.runs import write_text
+from tests.compression.runs import write_text
 from tests.tiny import save_tiny_model
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from pifa_vllm.cli import main
 from pifa_vllm.cli.compress import command_line
-from pifa_vllm.compress.allocation import uniform
-from tests.compress.runs import write_text
+from pifa_vllm.compression.allocation import uniform
+from tests.compression.runs import write_text
 from tests.tiny import save_tiny_model
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pifa_vllm.cli import main
-from pifa_vllm.compress.report.render import render_files
-from tests.compress.report.sample_report import sample_report
+from pifa_vllm.compression.report.render import render_files
+from tests.compression.report.sample_report import sample_report
 from tests.conftest import Twins
 from tests.edit import copy_edited
 

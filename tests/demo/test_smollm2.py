@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pifa_vllm.compress.decoder import DenseModel
+from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.demo import smollm2
 from pifa_vllm.errors import PifaError
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pifa_vllm.demo import steps
-from tests.compress.runs import write_text
+from tests.compression.runs import write_text
 from tests.tiny import save_tiny_model
 
 

@@ -12,11 +12,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pifa_vllm.checkpoint import load_tokenizer
-from pifa_vllm.errors import CheckpointError, EvaluationError
+from pifa_vllm.errors import EvaluationError
 from pifa_vllm.evaluate import perplexity as module
-from pifa_vllm.evaluate.perplexity import load_model, perplexity
+from pifa_vllm.evaluate.perplexity import perplexity
 from tests.conftest import Twins
-from tests.edit import copy_edited
 from tests.tiny import save_tiny_model
 
 TEXT = "".join(chr(32 + (7 * i * i + i) % 90) for i in range(1000))
@@ -98,34 +97,3 @@ def test_too_long_windows(twins: Twins) -> None:
         EvaluationError, match=r"dense: windows of 513 tokens .* max_position_embeddings is 512"
     ):
         perplexity(twins.dense, TEXT, seqlen=513)
-
-
-def test_damaged_and_unknown_models(twins: Twins, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: no such directory"):
-        perplexity(tmp_path / "nowhere", TEXT, seqlen=100)
-    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
-        load_model(tmp_path / "nowhere")
-    truncated = copy_edited(twins.dense, tmp_path / "truncated")
-    content = (truncated / "model.safetensors").read_bytes()
-    (truncated / "model.safetensors").write_bytes(content[:-9])
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        perplexity(truncated, TEXT, seqlen=100)
-    unknown = copy_edited(twins.dense, tmp_path / "unknown", config=lambda c: c.update(model_type="mystery"))
-    with pytest.raises(EvaluationError, match=r"unknown: transformers cannot load this model \(.*mystery"):
-        load_model(unknown)
-
-
-def test_tensors_that_transformers_would_make_up(twins: Twins, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    directory = copy_edited(twins.dense, tmp_path / "incomplete", tensors=lambda t: t.pop(name))
-    with pytest.raises(EvaluationError, match=rf"incomplete: tensor {name} is missing; LlamaForCausalLM"):
-        perplexity(directory, TEXT, seqlen=100)
-
-
-def test_tensors_of_another_shape(twins: Twins, tmp_path: Path) -> None:
-    directory = copy_edited(
-        twins.dense, tmp_path / "other", tensors=lambda t: t.update({"model.norm.weight": torch.ones(63)})
-    )
-    with pytest.raises(EvaluationError, match="other: transformers cannot load this model") as caught:
-        perplexity(directory, TEXT, seqlen=100)
-    assert "\n" not in str(caught.value)

@@ -1,0 +1,277 @@
+"""A whole compression run: layer by layer, resumable, published atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pifa_vllm
+from pifa_vllm.checkpoint import CheckpointWriter, load_tokenizer
+from pifa_vllm.checkpoint.atomic import write_error
+from pifa_vllm.compression.allocation import allocate, kept_parameters
+from pifa_vllm.compression.calibration.samples import CalibrationSet, load_samples
+from pifa_vllm.compression.calibration.token_file import write_tokens
+from pifa_vllm.compression.decoder import DenseModel
+from pifa_vllm.compression.estimate import Estimate, estimate
+from pifa_vllm.compression.flows import Flows, FlowShape
+from pifa_vllm.compression.journal import Journal, lock, model_fingerprint
+from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.progress import Progress
+from pifa_vllm.compression.publishing import publish
+from pifa_vllm.compression.reconstruction import LayerActivations, reconstruct_layer
+from pifa_vllm.compression.report.schema import CompressionReport, LayerReport
+from pifa_vllm.compression.solver import LayerSolver
+from pifa_vllm.errors import PifaError
+
+
+class Compression:
+    """One run from a dense model directory to a checkpoint.
+
+    While it runs, everything lies in `OUTPUT.partial`: the journal, the flows and the finished shards. The same
+    command resumes there at the first unfinished layer; the output appears by one rename at the end.
+
+    Args:
+        options: of the run.
+        progress: told of everything that happens.
+
+    Raises:
+        PifaError: at once, if the options, the model or the output directory rule the run out.
+    """
+
+    def __init__(self, options: CompressOptions, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.staging = options.output.parent / (options.output.name + ".partial")
+        self._check_output()
+        _check_device(options.device)
+        self.model = DenseModel(options.model)
+        if options.length > self.model.max_length:
+            raise PifaError(
+                f"--length: expected at most the model's {self.model.max_length} positions, "
+                f"found {options.length}."
+            )
+        self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.model.dtype
+        self.linears = self.model.linears()
+        options.density.check(self.linears)
+        self.ranks = allocate(self.linears, options.density, options.representation, options.tile)
+
+    @property
+    def kept(self) -> int:
+        """Parameters that the compressible modules keep by the allocated ranks."""
+        return kept_parameters(self.linears, self.ranks, self.options.representation)
+
+    def estimate(self) -> Estimate:
+        """Estimate memory, disk and time without starting."""
+        return estimate(self.model, self.options, self.kept)
+
+    @torch.inference_mode()
+    def run(self, command: str) -> CompressionReport:
+        """Compress, or go on compressing, and publish the checkpoint.
+
+        Args:
+            command: the command line, for the record.
+
+        Raises:
+            PifaError: with what was expected and found; finished layers are kept.
+        """
+        clock = _Clock()
+        try:
+            self.staging.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.staging, error) from error
+        with lock(self.staging):
+            self._check_output()
+            self._check_disk()
+            self.model.check_finite()
+            calibration = self._calibration()
+            journal = self._compress_layers(calibration, clock)
+            clock.record(journal)
+            writer = CheckpointWriter(self.options.output, self.staging / "checkpoint")
+            report = publish(
+                writer, self.model, self.options, self.dtype, journal, calibration.record, command
+            )
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.progress.summary(report)
+        return report
+
+    def _check_output(self) -> None:
+        if self.options.output.exists():
+            raise PifaError(
+                f"{self.options.output}: the output directory exists, expected a new one. Choose another one or "
+                "remove it first."
+            )
+
+    def _check_disk(self) -> None:
+        parent = self.options.output.parent
+        taken = sum(p.stat().st_size for p in self.staging.rglob("*") if p.is_file())
+        free = shutil.disk_usage(parent).free + taken
+        needed = self.estimate().disk_bytes
+        if free < needed:
+            raise PifaError(
+                f"{parent}: this run needs {needed / 2**30:.1f} GiB of disk, but {free / 2**30:.1f} GiB are free. "
+                "Fewer --samples or --activation-dtype bfloat16 need less."
+            )
+
+    def _calibration(self) -> CalibrationSet:
+        """Draw the calibration tokens; the model's own samples are kept, since drawing them again is slow."""
+        options = self.options
+        # Everything that the samples depend on is in the name: another model's, left by a run that was killed
+        # before its first layer, are not taken for this one's.
+        key = f"{options.seed}-{options.samples}x{options.length}-{model_fingerprint(self.model)[:16]}"
+        kept = self.staging / f"self-samples-{key}.safetensors"
+        drawn = options.calibration == "self" and kept.is_file()
+        calibration = load_samples(
+            str(kept) if drawn else options.calibration,
+            load_tokenizer(options.model),
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            model_dir=options.model,
+            field=options.text_field,
+            device=options.device,
+            on_progress=self.progress.sampling,
+        )
+        if drawn:
+            # A file of this run's own, which is gone when somebody reads the record.
+            calibration.record.pop("tokens_file", None)
+        elif options.calibration == "self":
+            write_tokens(kept, calibration.tokens, calibration.record)
+        return calibration
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        return {
+            "pifa_vllm": pifa_vllm.__version__,
+            "model": model_fingerprint(self.model),
+            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            **self.options.record(),
+        }
+
+    def _journal(self, path: Path, inputs: dict[str, Any]) -> Journal:
+        """Take up the journal of an earlier attempt if everything that it speaks of is there."""
+        journal = Journal.load(path, inputs)
+        if journal is None:
+            return Journal(inputs=inputs)
+        checkpoint = self.staging / "checkpoint"
+        if journal.layers and not checkpoint.exists():
+            # Left by a run that published its output and was killed while it tidied up.
+            path.unlink()
+            return Journal(inputs=inputs)
+        for layer in journal.layers:
+            shard = checkpoint / shard_name(layer.layer)
+            if not shard.is_file():
+                raise PifaError(
+                    f"{shard}: the shard of a finished layer is missing. Remove {self.staging} to start over."
+                )
+        return journal
+
+    def _compress_layers(self, calibration: CalibrationSet, clock: _Clock) -> Journal:
+        options, model = self.options, self.model
+        path = self.staging / "journal.json"
+        inputs = self._inputs(calibration.tokens)
+        journal = self._journal(path, inputs)
+        samples, length = calibration.tokens.shape
+        shape = FlowShape(samples, length, model.hidden_size, getattr(torch, options.activation_dtype))
+        flows = Flows(self.staging / "flows", shape)
+        writer = CheckpointWriter(options.output, self.staging / "checkpoint")
+
+        first = len(journal.layers)
+        if first and first < model.layers and not flows.complete(first):
+            raise PifaError(
+                f"{flows.directory}: the activations entering layer {first} are missing or incomplete, expected "
+                f"{shape.nbytes} bytes per flow. Remove {self.staging} to start over."
+            )
+        if first:
+            self.progress.message(f"resuming in {self.staging} at layer {first} of {model.layers}")
+        else:
+            dense, compressed = flows.entering(0)
+            for sample, tokens in enumerate(calibration.tokens):
+                dense[sample] = compressed[sample] = model.embed(tokens)
+
+        for layer in range(first, model.layers):
+            self.progress.layer_started(layer, model.layers)
+            started = time.perf_counter()
+            solver, flow_error = self._compress_layer(layer, flows)
+            # The order is what makes a kill at any line harmless: the shard and the states are on the disk before
+            # the journal says that this layer is finished, and nothing it resumes from is deleted before that.
+            writer.write_shard(shard_name(layer), solver.tensors)
+            flows.commit(layer + 1)
+            done = LayerReport(layer=layer, flow_error=flow_error, seconds=time.perf_counter() - started)
+            journal.modules += solver.reports
+            journal.layers.append(done)
+            clock.record(journal)
+            journal.save(path)
+            flows.discard(layer)
+            self.progress.layer_done(done)
+        return journal
+
+    def _compress_layer(self, layer: int, flows: Flows) -> tuple[LayerSolver, float]:
+        options, model = self.options, self.model
+        device = torch.device(options.device)
+        dense, compressed = model.layer_twice(layer, device)
+        solver = LayerSolver(options, layer, dense, self.ranks, self.dtype, self.progress.module_done)
+        for name in model.norm_tensors(layer):
+            solver.tensors[name] = model.load_as(name, self.dtype)
+        dense_in, compressed_in = flows.entering(layer)
+        dense_out, compressed_out = flows.entering(layer + 1)
+        states = LayerActivations(
+            dense_in,
+            compressed_in,
+            dense_out,
+            compressed_out,
+            context=flows.scratch(dense.linears["self_attn.o_proj"].in_features),
+            intermediate=flows.scratch(dense.linears["mlp.down_proj"].in_features),
+        )
+        flow_error = reconstruct_layer(
+            dense,
+            compressed,
+            states,
+            solver,
+            # Folds take turns by chunks: in one chunk of all samples, the second fold would be empty.
+            chunk=max(1, min(options.chunk_tokens // options.length, options.samples // options.folds)),
+            device=device,
+            dense_gram=not options.uses_compressed_inputs,
+            drift=options.uses_drift,
+            folds=options.folds,
+        )
+        return solver, flow_error
+
+
+class _Clock:
+    """Time and memory of this attempt, added to what the journal has of the earlier ones."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def record(self, journal: Journal) -> None:
+        """Bring the journal's figures up to now."""
+        if self._before is None:
+            self._before = journal.seconds, journal.cpu_seconds
+        journal.seconds = self._before[0] + time.perf_counter() - self._wall
+        journal.cpu_seconds = self._before[1] + time.process_time() - self._cpu
+        # ru_maxrss is in KiB on Linux.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        journal.peak_rss_bytes = max(journal.peak_rss_bytes, peak)
+
+
+def shard_name(layer: int) -> str:
+    """File that holds a decoder layer's tensors."""
+    return f"layer-{layer:05d}.safetensors"
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise PifaError(
+            f"--device: expected a device that torch can use, found {device!r} ({reason})."
+        ) from error

@@ -1,0 +1,173 @@
+"""Solving one module: low-rank factors by the chosen method, then the form that is stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not re-exported
+
+from pifa_vllm.checkpoint.writer import module_tensors
+from pifa_vllm.compression.allocation import PARAMETERS
+from pifa_vllm.compression.correction import fit_correction
+from pifa_vllm.compression.decoder import StagedLayer, layer_name
+from pifa_vllm.compression.lowrank import (
+    Factors,
+    alternating_update,
+    output_error,
+    target_cross,
+    truncated_svd,
+    whitened_svd,
+)
+from pifa_vllm.compression.moments import Moments
+from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.report.schema import ModuleReport
+from pifa_vllm.errors import PifaError
+from pifa_vllm.factorization import factorize
+
+
+class LayerSolver:
+    """Solves the modules of one decoder layer and collects what the checkpoint stores of them.
+
+    Args:
+        options: of the run.
+        layer: index of the decoder layer.
+        dense: the layer with its original weights.
+        ranks: rank by full module name; modules that are not named stay dense.
+        dtype: storage dtype.
+        on_module: told of each finished module.
+    """
+
+    def __init__(
+        self,
+        options: CompressOptions,
+        layer: int,
+        dense: StagedLayer,
+        ranks: dict[str, int],
+        dtype: torch.dtype,
+        on_module: Callable[[ModuleReport], None],
+    ) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.reports: list[ModuleReport] = []
+        self._options = options
+        self._layer = layer
+        self._dense = dense
+        self._ranks = ranks
+        self._dtype = dtype
+        self._on_module = on_module
+
+    def __call__(self, module: str, weight: Tensor, moments: Moments) -> Tensor:
+        """Solve a module and return the weight [m, n], float32, that the stored form stands for.
+
+        Raises:
+            PifaError: if its inputs or its solution are not finite.
+        """
+        started = time.perf_counter()
+        name = layer_name(self._layer, module)
+        gram = moments.gram()
+        if not bool(torch.isfinite(gram).all()):
+            raise PifaError(
+                f"{name}: its calibration inputs overflow float32, expected finite activations. Does the model "
+                "work on this text (`pifa-vllm eval`)?"
+            )
+        m, n = weight.shape
+        bias = self._dense.linears[module].bias
+        if name not in self._ranks:
+            return self._keep_dense(name, weight, bias, started)
+
+        try:
+            u, v = self._factors(weight, gram, moments, self._ranks[name])
+        except LinAlgError as error:
+            raise PifaError(
+                f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
+            ) from error
+        product = u @ v
+        if not bool(torch.isfinite(product).all()):
+            raise PifaError(f"{name}: its solution is not finite. A larger --ridge helps.")
+        if self._options.representation == "pifa":
+            factors = factorize(
+                u, v, pivoting=self._options.pivoting, max_coefficient=self._options.max_coefficient
+            )
+            stored = factors.to(self._dtype)
+            rank, largest = factors.rank, factors.max_coefficient
+            # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
+            used = stored.to(torch.float64).dense()
+            self.tensors.update(module_tensors(name, factors, bias, self._dtype))
+        else:
+            rank, largest = self._ranks[name], 0.0
+            used = product.to(self._dtype).double()
+            self._store_dense(name, used, bias)
+        if not bool(torch.isfinite(used).all()):
+            raise PifaError(
+                f"{name}: its rank-{rank} solution does not fit {self._dtype}, expected finite values."
+            )
+        scale = float(product.norm())
+        self._report(
+            name,
+            m,
+            n,
+            rank=rank,
+            density=PARAMETERS[self._options.representation](m, n, rank) / (m * n),
+            output_error=output_error(weight, used, gram),
+            weight_error=float((used - product).norm()) / scale if scale > 0.0 else 0.0,
+            max_coefficient=largest,
+            started=started,
+        )
+        return used.float()
+
+    def _factors(self, weight: Tensor, gram: Tensor, moments: Moments, rank: int) -> Factors:
+        method, ridge = self._options.method, self._options.effective_ridge
+        if method == "svd":
+            return truncated_svd(weight, rank)
+        if method == "svd-llm":
+            return whitened_svd(weight, gram, rank, ridge)
+        mix = self._options.effective_mix
+        if method == "mpifa":
+            target = target_cross(weight, gram, moments.cross(), mix)
+            return alternating_update(weight, gram, target, rank, ridge)
+        correction = fit_correction(weight, moments, mix, self._options.feedback)
+        # Reduced-rank regression: the best rank-r answer to the least-squares one, in the metric of the inputs.
+        return whitened_svd(weight.double() + correction.delta, gram, rank, ridge)
+
+    def _keep_dense(self, name: str, weight: Tensor, bias: Tensor | None, started: float) -> Tensor:
+        used = weight.to(self._dtype)
+        self._store_dense(name, used, bias)
+        m, n = weight.shape
+        self._report(
+            name,
+            m,
+            n,
+            rank=min(m, n),
+            density=1.0,
+            output_error=0.0,
+            weight_error=0.0,
+            max_coefficient=0.0,
+            started=started,
+            dense=True,
+        )
+        return used.float()
+
+    def _store_dense(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        self.tensors[f"{name}.weight"] = weight.to(self._dtype)
+        if bias is not None:
+            self.tensors[f"{name}.bias"] = bias.to(self._dtype)
+
+    def _report(
+        self, name: str, m: int, n: int, *, started: float, dense: bool = False, **figures: float
+    ) -> None:
+        report = ModuleReport.model_validate(
+            {
+                "name": name,
+                "layer": self._layer,
+                "kind": name.rsplit(".", 1)[1],
+                "m": m,
+                "n": n,
+                "dense": dense,
+                "seconds": time.perf_counter() - started,
+                **figures,
+            }
+        )
+        self.reports.append(report)
+        self._on_module(report)
