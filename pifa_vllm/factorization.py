@@ -13,14 +13,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
-
-Pivoting = Literal["lu", "qr"]
 
 
 def pifa_parameters(m: int, n: int, rank: int) -> int:
@@ -116,7 +111,7 @@ def remaining_rows(pivot_rows: Tensor, m: int) -> Tensor:
     return keep.nonzero().squeeze(1)
 
 
-def factorize(u: Tensor, v: Tensor, *, pivoting: Pivoting = "lu", max_coefficient: float = 1.05) -> PIFA:
+def factorize(u: Tensor, v: Tensor, *, max_coefficient: float = 1.05) -> PIFA:
     """Bring W = U V into pivoting form without ever forming W.
 
     V is orthonormalised first and its triangular factor moved into U, so that the rows of U carry the
@@ -127,8 +122,6 @@ def factorize(u: Tensor, v: Tensor, *, pivoting: Pivoting = "lu", max_coefficien
     Args:
         u: [m, r], any floating dtype; computed in float64.
         v: [r, n].
-        pivoting: "lu" (BLAS-3, runs on any device) or "qr" (column-pivoted QR of Uᵀ, the reference, on the
-            CPU).
         max_coefficient: bound on |C| that the swaps aim for; 1 is the best that is always attainable.
 
     Returns:
@@ -156,27 +149,13 @@ def factorize(u: Tensor, v: Tensor, *, pivoting: Pivoting = "lu", max_coefficien
         empty = torch.empty(0, dtype=torch.int32, device=u.device)
         return PIFA(v.new_empty(0, n), v.new_empty(m, 0), empty)
 
-    order = _lu_order(left) if pivoting == "lu" else _qr_order(left)
-    order, coefficients = _bound_coefficients(left, order, rank, max_coefficient)
+    order, coefficients = _bound_coefficients(left, _lu_order(left), rank, max_coefficient)
 
     # Both parts go into ascending row order, the order of the checkpoint format.
     pivot_rows, by_pivot = order[:rank].sort()
     _, by_rest = order[rank:].sort()
     coefficients = coefficients[by_rest][:, by_pivot].contiguous()
     return PIFA(left[pivot_rows] @ q.T, coefficients, pivot_rows.to(torch.int32))
-
-
-def factorize_dense(weight: Tensor, rank: int | None = None, **options: object) -> PIFA:
-    """Factorise a matrix [m, n] that is given in full, truncated to `rank` by its SVD if asked.
-
-    Args:
-        weight: [m, n].
-        rank: keep this many singular directions; None keeps the numerical rank.
-        options: passed to `factorize`.
-    """
-    u, s, vh = torch.linalg.svd(weight.to(torch.float64), full_matrices=False)
-    keep = s.numel() if rank is None else rank
-    return factorize(u[:, :keep] * s[:keep], vh[:keep], **options)  # type: ignore[arg-type]  # checked there
 
 
 def _check_density(density: float) -> None:
@@ -206,12 +185,6 @@ def _lu_order(left: Tensor) -> Tensor:
     for i, p in enumerate(pivots.tolist()):
         order[i], order[p - 1] = order[p - 1], order[i]
     return torch.tensor(order, device=left.device)
-
-
-def _qr_order(left: Tensor) -> Tensor:
-    """Order the rows as column-pivoted QR of Uᵀ takes them, int64 [m]."""
-    _, order = scipy.linalg.qr(left.cpu().numpy().T, mode="r", pivoting=True)
-    return torch.from_numpy(order.astype(np.int64)).to(left.device)
 
 
 def _bound_coefficients(left: Tensor, order: Tensor, rank: int, bound: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards, read_json
 from pifa_vllm.checkpoint.writer import module_tensors
-from pifa_vllm.factorization import PIFA, factorize_dense
+from pifa_vllm.factorization import PIFA, factorize
 
 RankOf = Callable[[str, int, int], int | None]
 
@@ -40,7 +40,7 @@ def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: Ra
             pifa[tensor_name] = twin[tensor_name] = tensor
             parameters += tensor.numel() if module.endswith("_proj") else 0
             continue
-        factors = _factors(tensor, rank)
+        factors = factors_of(tensor, rank)
         kept[module] = factors.rank
         parameters += factors.parameters
         pifa |= module_tensors(module, factors, None, tensor.dtype)
@@ -55,9 +55,11 @@ def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: Ra
         writer.publish(config, pifa_config)
 
 
-def _factors(weight: Tensor, rank: int) -> PIFA:
+def factors_of(weight: Tensor, rank: int) -> PIFA:
+    """Truncate a matrix [m, n] by its SVD; in float64."""
     m, n = weight.shape
     if rank == 0:
         empty = torch.empty(0, dtype=torch.int32)
         return PIFA(weight.new_empty(0, n), weight.new_empty(m, 0), empty)
-    return factorize_dense(weight, rank)
+    u, s, vh = torch.linalg.svd(weight.to(torch.float64), full_matrices=False)
+    return factorize(u[:, :rank] * s[:rank], vh[:rank])

@@ -24,7 +24,7 @@ import openai
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests/, which is not installed
 
-from pifa_vllm.bench.quality import describe_machine  # noqa: E402
+from pifa_vllm.bench.machine import describe_machine  # noqa: E402
 from tests.pifa_tiny import save_pifa_twin  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pifa_vllm.cli.bench_e2e import add_e2e
 from pifa_vllm.cli.bench_options import densities_of, plot_file
+from pifa_vllm.cli.bench_overhead import add_overhead
 from pifa_vllm.cli.bench_speculative import add_speculative
 
 _EPILOG = """\
@@ -47,6 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--plot", type=plot_file, metavar="SVG", help="draw the speed-ups")
     layer.set_defaults(run=run_layer)
     add_e2e(kinds)
+    add_overhead(kinds)
     add_speculative(kinds)
     gpu = kinds.add_parser("gpu", help="check the Triton kernels on this machine's GPU, and time its layers")
     gpu.add_argument("--output", type=Path, default=Path("gpu-check.json"), metavar="JSON", help="results")
@@ -69,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
-    from pifa_vllm.bench.quality import VARIANTS, quality
+    from pifa_vllm.bench.quality.measure import VARIANTS, quality
     from pifa_vllm.cli.compress import command_line
     from pifa_vllm.errors import PifaError
 
@@ -99,9 +101,9 @@ def run_layer(args: argparse.Namespace) -> int:
     """Measure layers on the CPU and write."""
     import torch
 
-    from pifa_vllm.bench.layer import ceilings, measure, to_json
-    from pifa_vllm.bench.layer_report import dispatch_table, plot, ratio_table
-    from pifa_vllm.bench.quality import describe_machine
+    from pifa_vllm.bench.layer.measure import ceilings, measure, to_json
+    from pifa_vllm.bench.layer.report import dispatch_table, plot, ratio_table
+    from pifa_vllm.bench.machine import describe_machine
     from pifa_vllm.bench.shapes import SHAPES, LayerShape
     from pifa_vllm.checkpoint.atomic import replace_text
     from pifa_vllm.cli.compress import command_line
@@ -148,7 +150,7 @@ def run_layer(args: argparse.Namespace) -> int:
 
 def run_gpu(args: argparse.Namespace) -> int:
     """Check and time on the GPU."""
-    from pifa_vllm.bench.gpu_check import gpu_check
+    from pifa_vllm.bench.gpu.check import gpu_check
 
     gpu_check(args.output)
     return 0
@@ -156,7 +158,7 @@ def run_gpu(args: argparse.Namespace) -> int:
 
 def run_ranks(args: argparse.Namespace) -> int:
     """Count and write."""
-    from pifa_vllm.bench.ranks import results, share_table
+    from pifa_vllm.bench.layer.ranks import results, share_table
     from pifa_vllm.bench.shapes import SHAPES
     from pifa_vllm.checkpoint.atomic import replace_text
     from pifa_vllm.cli.compress import command_line
@@ -176,7 +178,7 @@ def run_ranks(args: argparse.Namespace) -> int:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Write what the cost model says."""
-    from pifa_vllm.bench.cost_model import write
+    from pifa_vllm.bench.gpu.cost_model import write
 
     write(args.output)
     return 0
@@ -184,7 +186,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def run_cubins(args: argparse.Namespace) -> int:
     """Compile and write."""
-    from pifa_vllm.bench.cubins import cubins
+    from pifa_vllm.bench.gpu.cubins import cubins
 
     cubins(args.output, say=lambda line: print(line, flush=True))
     return 0
@@ -192,24 +194,24 @@ def run_cubins(args: argparse.Namespace) -> int:
 
 def run_table(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from pifa_vllm.bench.layer_report import dispatch_table, ratio_table
-    from pifa_vllm.bench.table import cost_table, perplexity_table
+    from pifa_vllm.bench.layer.report import dispatch_table, ratio_table
+    from pifa_vllm.bench.quality.report import cost_table, perplexity_table
     from pifa_vllm.checkpoint import read_json
     from pifa_vllm.errors import PifaError
 
     results = read_json(args.results)
     try:
         if results.get("kind") == "e2e":
-            from pifa_vllm.bench.e2e_report import memory_table, speed_table
+            from pifa_vllm.bench.served.report import memory_table, speed_table
 
             tables = [speed_table(results), memory_table(results)]
         elif results.get("kind") == "speculative":
-            from pifa_vllm.bench.speculative_report import break_even_table, speculative_table
+            from pifa_vllm.bench.served.speculative_report import break_even_table, speculative_table
 
             tables = [speculative_table(results), break_even_table()]
         elif "kind" in results:
             # Not at the top: it needs Triton.
-            from pifa_vllm.bench.cost_model import layer_table
+            from pifa_vllm.bench.gpu.cost_model import layer_table
 
             densities = sorted({row["density"] for row in results["rows"]})
             tables = [layer_table(results, density) for density in densities]

@@ -56,9 +56,9 @@ def add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve, measure and write."""
-    from pifa_vllm.bench.e2e import e2e, parse_servers, random_models, real_models
-    from pifa_vllm.bench.e2e_load import Workload
-    from pifa_vllm.bench.e2e_report import memory_table, plot, speed_table
+    from pifa_vllm.bench.served.e2e import e2e, parse_servers, random_models, real_models
+    from pifa_vllm.bench.served.load import Workload
+    from pifa_vllm.bench.served.report import memory_table, plot, speed_table
     from pifa_vllm.cli.compress import command_line
     from pifa_vllm.errors import PifaError
 

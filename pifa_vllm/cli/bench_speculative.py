@@ -29,8 +29,8 @@ def add_speculative(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
-    from pifa_vllm.bench.speculative import speculative
-    from pifa_vllm.bench.speculative_report import speculative_table
+    from pifa_vllm.bench.served.speculative import speculative
+    from pifa_vllm.bench.served.speculative_report import speculative_table
     from pifa_vllm.cli.compress import command_line
     from pifa_vllm.errors import PifaError
 

@@ -100,13 +100,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="storage of the calibration activations (default: %(default)s)",
     )
     add("--chunk-tokens", type=int, default=2048, help="tokens per forward pass (default: %(default)s)")
-    add("--pivoting", choices=("lu", "qr"), default="lu", help="pivot selection (default: %(default)s)")
-    add(
-        "--max-coefficient",
-        type=float,
-        default=1.05,
-        help="bound on the entries of C that pivot swaps aim for (default: %(default)s)",
-    )
     add("--dry-run", action="store_true", help="print the estimate and the ranks' summary, and stop")
     parser.set_defaults(run=run)
 
@@ -171,7 +164,7 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
         )
     taken = (
         "model output method representation mix feedback ridge tile dtype calibration text_field samples "
-        "length seed device activation_dtype chunk_tokens pivoting max_coefficient"
+        "length seed device activation_dtype chunk_tokens"
     )
     return CompressOptions(density=density, **{name: getattr(args, name) for name in taken.split()})
 

@@ -23,7 +23,7 @@ Without an API key (--api-key, VLLM_API_KEY) the server listens to this machine 
 --draft-for DENSE serves DENSE, and DIR drafts for it (speculative decoding): the answers are DENSE's, only their
 speed changes. Whether it gains is a matter of the model and of DIR's density: see pifa_vllm/plugin/README.md.
 """
-# Of all K, drafting pays at the lowest acceptance rate with this one (bench/speculative_report.py: break_even).
+# Of all K, drafting pays at the lowest acceptance rate with this one (`break_even` in bench/served).
 _DRAFT_TOKENS = 1
 # What vLLM's own flags for it begin with.
 _SPECULATIVE = ("--speculative", "--spec-", "--spec_", "-sc")

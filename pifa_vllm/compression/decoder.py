@@ -91,11 +91,6 @@ class DenseModel:
         return int(self.config.hidden_size)
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the embedding."""
-        return int(self.config.vocab_size)
-
-    @property
     def max_length(self) -> int:
         """Longest sequence the model was made for, in tokens."""
         return int(self.config.max_position_embeddings)

@@ -9,7 +9,6 @@ from typing import Any
 from pifa_vllm.compression.allocation import Recipe
 from pifa_vllm.compression.report.schema import Method, Representation
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import Pivoting
 
 # Measured on SmolLM2-135M over densities 0.5 to 0.8, see the README's table of results.
 DEFAULT_RIDGE: dict[Method, float] = {"svd": 0.0, "svd-llm": 1e-6, "mpifa": 1e-3, "mpifa-exact": 1e-3}
@@ -38,8 +37,6 @@ class CompressOptions:
         feedback: μ, the share of the residual stream's error that mpifa-exact asks o and down to undo.
         ridge: relative ridge of the method's solves; None takes the method's default.
         tile: ranks are multiples of this.
-        pivoting: how pivot rows are chosen.
-        max_coefficient: bound on |C| that the pivot swaps aim for.
         dtype: storage dtype, None keeps the model's.
         activation_dtype: storage dtype of the two flows.
         device: where to compute.
@@ -60,8 +57,6 @@ class CompressOptions:
     feedback: float = 1.0
     ridge: float | None = None
     tile: int = 16
-    pivoting: Pivoting = "lu"
-    max_coefficient: float = 1.05
     dtype: str | None = None
     activation_dtype: str = "float32"
     device: str = "cpu"
@@ -83,8 +78,6 @@ class CompressOptions:
                 f"--samples: --method {self.method} judges on one part of the samples what it learns from the "
                 f"other, expected {self.folds} or more, found {self.samples}."
             )
-        if not self.max_coefficient >= 1.0:
-            raise PifaError(f"--max-coefficient: expected 1 or more, found {self.max_coefficient}.")
 
     @property
     def effective_ridge(self) -> float:
@@ -126,8 +119,6 @@ class CompressOptions:
             "feedback": self.feedback,
             "ridge": self.effective_ridge,
             "tile": self.tile,
-            "pivoting": self.pivoting,
-            "max_coefficient": self.max_coefficient,
             "dtype": self.dtype,
             "activation_dtype": self.activation_dtype,
             # Chunks are what the samples are divided into folds by.

@@ -87,9 +87,7 @@ class LayerSolver:
         if not bool(torch.isfinite(product).all()):
             raise PifaError(f"{name}: its solution is not finite. A larger --ridge helps.")
         if self._options.representation == "pifa":
-            factors = factorize(
-                u, v, pivoting=self._options.pivoting, max_coefficient=self._options.max_coefficient
-            )
+            factors = factorize(u, v)
             stored = factors.to(self._dtype)
             rank, largest = factors.rank, factors.max_coefficient
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.

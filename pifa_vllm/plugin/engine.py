@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from pifa_vllm.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from pifa_vllm.plugin.config import PIFAQuantizationConfig
+from pifa_vllm.plugin.compiled import ensure_graphs_load
+from pifa_vllm.plugin.reload import guard_reloads
+from pifa_vllm.plugin.view import CheckpointView
 
 # Loaders of vLLM that do not read a Hugging Face directory's safetensors.
 _OTHER_FORMATS = {
@@ -28,8 +27,13 @@ _OTHER_FORMATS = {
 _KERNELS_FOR_CPUS = "vllm.triton_utils.dispatcher"
 
 
-def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
+def prepare(view: CheckpointView, vllm_config: VllmConfig, *, drafts: bool) -> None:
     """Refuse what an engine of a PIFA checkpoint cannot do, guard its adapters and reloads, find its graphs again.
+
+    Args:
+        view: of the checkpoint.
+        vllm_config: of the engine.
+        drafts: whether the model drafts for another one, which is what the engine serves.
 
     Raises:
         UnsupportedModelError: saying which option to change.
@@ -45,15 +49,12 @@ def prepare(config: PIFAQuantizationConfig, vllm_config: VllmConfig) -> None:
                 f"--speculative-config: vLLM {vllm.__version__} cannot verify drafts on CPUs, whatever the model; "
                 "vLLM 0.32 can. Leave the option out, or update vLLM."
             )
-        from pifa_vllm.plugin.compiled import ensure_graphs_load
-
         ensure_graphs_load()
-    if vllm_config.quant_config is not config:
-        return  # the model drafts for another one
-    from pifa_vllm.plugin.reload import guard_reloads
-
+    if drafts:
+        return
     guard_reloads(vllm_config)
     if vllm_config.lora_config is not None:
+        # Without adapters, what it rebinds in vLLM need not be there.
         from pifa_vllm.plugin.lora import guard_adapters
 
-        guard_adapters(vllm_config, config.checkpoint)
+        guard_adapters(vllm_config, view.checkpoint)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -16,9 +17,7 @@ from pifa_vllm.errors import CheckpointError
 from pifa_vllm.ops.cpu import ask_for_large_pages, load
 from pifa_vllm.plugin.layout import Layout, Parameters, Shard
 from pifa_vllm.plugin.parallel import choose_layout
-
-if TYPE_CHECKING:
-    from pifa_vllm.plugin.config import PIFAQuantizationConfig
+from pifa_vllm.plugin.view import CheckpointView
 
 # What vLLM's models call the shards of their fused layers.
 _SHARD_INDEX = {"q": 0, "k": 1, "v": 2}
@@ -35,8 +34,8 @@ class PIFALinearMethod(LinearMethodBase):
 
     layout: Layout
 
-    def __init__(self, config: PIFAQuantizationConfig, shards: list[Shard]) -> None:
-        self.config = config
+    def __init__(self, view: CheckpointView, shards: list[Shard]) -> None:
+        self.view = view
         self.shards = shards
 
     def create_weights(
@@ -56,7 +55,7 @@ class PIFALinearMethod(LinearMethodBase):
             CheckpointError: if a rank or a shape of the checkpoint does not fit the layer.
         """
         self.layout = choose_layout(
-            self.config, self.shards, layer, input_size_per_partition, output_partition_sizes
+            self.view, self.shards, layer, input_size_per_partition, output_partition_sizes
         )
         shapes = {
             **self.layout.shapes(),
@@ -91,9 +90,9 @@ class PIFALinearMethod(LinearMethodBase):
         """
         # Nothing that fails below may leave rows that a kernel would follow out of bounds.
         layer.rows.zero_()
-        with self.config.loading():
+        with self.view.loading():
             self._finish(layer)
-            self.config.check_dense(layer.pivot_weight.dtype)
+            self.view.check_dense(layer.pivot_weight.dtype)
         if layer.rows.device.type == "cpu":
             load()
             for factor in (layer.pivot_weight, layer.coefficients):
@@ -131,8 +130,10 @@ def _load_shard(
 ) -> None:
     """Copy this rank's part of one tensor of the checkpoint; vLLM calls this once per shard and parameter."""
     method: PIFALinearMethod = layer.quant_method
-    with method.config.loading():
-        method.config.check_all_matched()
+    with method.view.loading():
+        # Pipeline ranks build only their own layers, and skip the tensors of the others.
+        if get_pp_group().world_size == 1:
+            method.view.check_all_matched()
         _copy_shard(layer, method, param, loaded_weight, shard_id)
 
 

@@ -16,13 +16,13 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.plugin.column import ColumnLayout
-from pifa_vllm.plugin.config import PIFAQuantizationConfig
 from pifa_vllm.plugin.layout import Layout, Shard, WholeLayout
 from pifa_vllm.plugin.row import RowLayout
+from pifa_vllm.plugin.view import CheckpointView
 
 
 def choose_layout(
-    config: PIFAQuantizationConfig,
+    view: CheckpointView,
     shards: list[Shard],
     layer: LinearBase,
     inputs: int,
@@ -31,7 +31,7 @@ def choose_layout(
     """Set the shards' full shapes and choose what this rank holds of them.
 
     Args:
-        config: knows the checkpoint's pivot rows.
+        view: knows the checkpoint's pivot rows.
         shards: of the layer.
         layer: not yet loaded.
         inputs: input features of this rank.
@@ -66,7 +66,7 @@ def choose_layout(
         return ColumnLayout(
             shards,
             [(begin, begin + m) for begin, m in zip(begins, outputs, strict=True)],
-            [None if s.rank is None else config.pivot_rows(s.name, s.m) for s in shards],
+            [None if s.rank is None else view.pivot_rows(s.name, s.m) for s in shards],
             layer.tp_rank,
             layer.tp_size,
             _all_gather,

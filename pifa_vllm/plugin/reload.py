@@ -18,8 +18,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from pifa_vllm.checkpoint import Checkpoint
 from pifa_vllm.errors import CheckpointError
-from pifa_vllm.plugin.config import PIFAQuantizationConfig, open_checkpoint
 from pifa_vllm.plugin.linear import PIFALinearMethod
+from pifa_vllm.plugin.view import CheckpointView, open_checkpoint
 
 _FORMAT = "pifa_reload"
 _ADVICE = "A running engine takes checkpoints of the same ranks and shapes only; start another one for this."
@@ -47,46 +47,46 @@ class ReloadingLoader(DefaultModelLoader):
         used = [getattr(module, "quant_method", None) for module in model.modules()]
         methods = [method for method in used if isinstance(method, PIFALinearMethod)]
         if methods:  # none: a dense model that drafts for a PIFA one
-            config = methods[0].config
+            view = methods[0].view
             try:
-                check_reload(config, methods, model_config.model)
+                check_reload(view, methods, model_config.model)
             except Exception:
                 # vLLM has noted the new path already; a later reload without a path means the old one.
-                model_config.model = config.model
+                model_config.model = view.model
                 raise
-            config.model = model_config.model
+            view.model = model_config.model
         weights: Iterator[tuple[str, Tensor]] = super().get_all_weights(model_config, model)
         return weights
 
 
-def check_reload(config: PIFAQuantizationConfig, methods: list[PIFALinearMethod], model: str) -> None:
+def check_reload(view: CheckpointView, methods: list[PIFALinearMethod], model: str) -> None:
     """Compare a checkpoint with the layers that are to receive it, and read it through.
 
     Args:
-        config: of the engine.
+        view: of the checkpoint that the engine serves.
         methods: of its layers.
         model: directory or name of the checkpoint.
 
     Raises:
         CheckpointError: naming tensor, expected and found.
     """
-    with config.loading():
+    with view.loading():
         pass  # no earlier one failed
-    checkpoint = open_checkpoint(model, None)
-    _check_ranks(config, checkpoint)
-    _check_shapes(config, checkpoint)
+    checkpoint = open_checkpoint(model, None, view.downloads)
+    _check_ranks(view, checkpoint)
+    _check_shapes(view, checkpoint)
     checkpoint.verify()
     for method in methods:
         # Several tensor-parallel ranks hold shares whose sizes follow from the pivot rows.
         rows = [
-            torch.arange(s.m) if s.rank is None else checkpoint.pivot_rows(config.stored_name(s.name))
+            torch.arange(s.m) if s.rank is None else checkpoint.pivot_rows(view.stored_name(s.name))
             for s in method.shards
         ]
         method.layout.rows(rows)
 
 
-def _check_ranks(config: PIFAQuantizationConfig, checkpoint: Checkpoint) -> None:
-    expected = {config.stored_name(name): rank for name, rank in config.ranks.items()}
+def _check_ranks(view: CheckpointView, checkpoint: Checkpoint) -> None:
+    expected = {view.stored_name(name): rank for name, rank in view.ranks.items()}
     found = checkpoint.config.ranks
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -97,13 +97,13 @@ def _check_ranks(config: PIFAQuantizationConfig, checkpoint: Checkpoint) -> None
             )
 
 
-def _check_shapes(config: PIFAQuantizationConfig, checkpoint: Checkpoint) -> None:
-    if config.shapes is None:
+def _check_shapes(view: CheckpointView, checkpoint: Checkpoint) -> None:
+    if view.shapes is None:
         return
     found = {name: entry.shape for name, entry in checkpoint.shards.entries.items()}
-    for name in sorted(config.shapes.keys() | found.keys()):
-        if config.shapes.get(name) != found.get(name):
-            expected, shape = (s and list(s) for s in (config.shapes.get(name), found.get(name)))
+    for name in sorted(view.shapes.keys() | found.keys()):
+        if view.shapes.get(name) != found.get(name):
+            expected, shape = (s and list(s) for s in (view.shapes.get(name), found.get(name)))
             raise CheckpointError(
                 f"{checkpoint.directory}: tensor {name}: expected {expected or 'no such tensor'}, found "
                 f"{shape or 'none'}. {_ADVICE}"

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import pifa_vllm.bench
-from pifa_vllm.bench.cost_model import layer_table
-from pifa_vllm.bench.layer_report import block_table, ratio_table
-from pifa_vllm.bench.table import cost_table, perplexity_table
+from pifa_vllm.bench import RESULTS
+from pifa_vllm.bench.gpu.cost_model import layer_table
+from pifa_vllm.bench.layer.report import block_table, ratio_table
+from pifa_vllm.bench.quality.report import cost_table, perplexity_table
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(pifa_vllm.bench.__file__).parent / "results"
 
 
 @pytest.mark.parametrize("table", [perplexity_table, cost_table])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pifa_vllm.bench import quality as module
+from pifa_vllm.bench.quality import measure as module
 from pifa_vllm.cli import main
 
 

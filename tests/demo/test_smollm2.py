@@ -21,7 +21,7 @@ def test_without_the_package_it_says_how_to_install_it(monkeypatch):
 def test_the_shipped_model_becomes_a_model_directory(tmp_path):
     smollm2.save_dense_model(tmp_path / "dense")
     model = DenseModel(tmp_path / "dense")
-    assert (model.layers, model.hidden_size, model.vocabulary) == (30, 576, 49152)
+    assert (model.layers, model.hidden_size, model.config.vocab_size) == (30, 576, 49152)
     assert model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
     assert tokenizer.decode(tokenizer("Hello, world").input_ids) == "Hello, world"

@@ -10,9 +10,11 @@ pytest.importorskip("vllm")
 
 from pifa_vllm.checkpoint import PIFAConfig
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
-from pifa_vllm.factorization import PIFA, factorize_dense
-from pifa_vllm.plugin.config import PIFAQuantizationConfig
-from pifa_vllm.plugin.linear import PIFALinearMethod, Shard
+from pifa_vllm.factorization import PIFA
+from pifa_vllm.plugin.layout import Shard
+from pifa_vllm.plugin.linear import PIFALinearMethod
+from pifa_vllm.plugin.view import CheckpointView
+from tests.pifa_tiny import factors_of
 
 N = 32
 SIZES = (48, 16, 16)
@@ -23,18 +25,19 @@ NAMES = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.sel
 @pytest.fixture(autouse=True)
 def one_pipeline_rank(monkeypatch):
     group = type("Group", (), {"world_size": 1})
-    monkeypatch.setattr("vllm.distributed.get_pp_group", group)
+    monkeypatch.setattr("pifa_vllm.plugin.linear.get_pp_group", group)
 
 
 def make_layer(shards, sizes, dtype=torch.float32, tp_size=1):
     """The part of vLLM's LinearBase that the method relies on."""
-    config = PIFAQuantizationConfig(
+    view = CheckpointView(
         PIFAConfig(density=0.5, ranks={s.name: s.rank for s in shards if s.rank is not None})
     )
-    config._matched.update(s.name for s in shards)
+    for shard in shards:
+        view.shards(shard.name, {}, has_bias=False)
     layer = nn.Module()
     layer.prefix, layer.tp_size = "layers.0.self_attn.qkv_proj", tp_size
-    layer.quant_method = PIFALinearMethod(config, shards)
+    layer.quant_method = PIFALinearMethod(view, shards)
     layer.quant_method.create_weights(layer, N, list(sizes), N, sum(sizes), dtype)
     return layer
 
@@ -53,7 +56,7 @@ def qkv_tensors():
             tensors["weight", shard] = weight
             dense.append(weight)
             continue
-        factors = factorize_dense(weight, rank).to(torch.float32)
+        factors = factors_of(weight, rank).to(torch.float32)
         tensors["pivot_weight", shard] = factors.pivot_weight
         tensors["coefficients", shard] = factors.coefficients
         tensors["pivot_rows", shard] = factors.pivot_rows
@@ -111,7 +114,7 @@ def test_reloading_counts_a_layer_complete_with_its_last_tensor(ranks):
 
 def test_a_single_module_is_loaded_without_a_shard_id():
     layer = make_layer([Shard("layers.0.mlp.down_proj", 9)], [24])
-    factors = factorize_dense(torch.randn(24, N), 9).to(torch.float32)
+    factors = factors_of(torch.randn(24, N), 9).to(torch.float32)
     for suffix in ("pivot_weight", "coefficients", "pivot_rows"):
         parameter = getattr(layer, suffix)
         parameter.weight_loader(parameter, getattr(factors, suffix))
@@ -129,7 +132,7 @@ def test_extreme_ranks(rank):
     rows = torch.arange(rank, dtype=torch.int32)
     shards = [
         PIFA(torch.randn(rank, N), torch.randn(16 - rank, rank), rows),
-        factorize_dense(torch.randn(16, N), 3).to(torch.float32),
+        factors_of(torch.randn(16, N), 3).to(torch.float32),
     ]
     for index, factors in enumerate(shards):
         load(layer, {(s, index): getattr(factors, s) for s in ("pivot_weight", "coefficients", "pivot_rows")})
@@ -226,14 +229,15 @@ def test_a_fused_layer_of_other_parts_is_refused():
         make_layer([Shard("gate_proj", 3), Shard("up_proj", 3)], [32])
 
 
-def test_a_module_that_became_no_layer_is_named():
-    config = PIFAQuantizationConfig(PIFAConfig(density=0.5, ranks={"model.layers.0.q": 4, "model.h.9.q": 4}))
-    config._matched.add("model.layers.0.q")
-    with pytest.raises(CheckpointError, match=r"1 modules .* first 'model.h.9.q'.* like 'model.layers.0.q'"):
-        config.check_all_matched()
-
-
-def test_pipeline_ranks_build_only_some_layers(monkeypatch):
-    monkeypatch.setattr("vllm.distributed.get_pp_group", type("Group", (), {"world_size": 2}))
-    config = PIFAQuantizationConfig(PIFAConfig(density=0.5, ranks={"model.layers.0.q": 4}))
-    config.check_all_matched()
+@pytest.mark.parametrize("pipeline_ranks", [1, 2])
+def test_pipeline_ranks_build_only_some_layers(monkeypatch, pipeline_ranks):
+    group = type("Group", (), {"world_size": pipeline_ranks})
+    monkeypatch.setattr("pifa_vllm.plugin.linear.get_pp_group", group)
+    tensors, _ = qkv_tensors()
+    layer = qkv_layer()
+    layer.quant_method.view.ranks["layers.1.self_attn.q_proj"] = 4
+    if pipeline_ranks > 1:
+        load(layer, tensors)
+    else:
+        with pytest.raises(CheckpointError, match=r"1 modules .* first 'layers.1.self_attn.q_proj'"):
+            load(layer, tensors)

@@ -1,0 +1,93 @@
+"""What is timed on a layer, on CPUs and GPUs, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pifa_vllm.bench.shapes import LayerShape
+from pifa_vllm.factorization import remaining_rows
+from pifa_vllm.ops import pifa_linear, stacked_rows
+
+_MAX_COPIES = 64
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Something to time.
+
+    Attributes:
+        name: in the results.
+        dtype: of weights and activations.
+        parameters: numbers that it multiplies with.
+        make: makes one instance with weights of its own.
+    """
+
+    name: str
+    dtype: torch.dtype
+    parameters: int
+    make: Callable[[], Forward]
+
+    def copies(self, working_set: int) -> list[Forward]:
+        """Make instances whose weights take so many bytes together."""
+        nbytes = max(self.parameters * self.dtype.itemsize, 1)
+        return [self.make() for _ in range(max(1, min(_MAX_COPIES, -(-working_set // nbytes))))]
+
+
+def random_matrix(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """[rows, columns] that keeps the scale of what it is multiplied with."""
+    scale: float = max(columns, 1) ** -0.5
+    return (torch.randn(rows, columns, device=device) * scale).to(dtype)
+
+
+def dense(shape: LayerShape, dtype: torch.dtype, device: str = "cpu") -> Forward:
+    """F.linear."""
+    weight = random_matrix(shape.m, shape.n, dtype, device)
+    return lambda x: linear(x, weight)
+
+
+def pifa(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Forward:
+    """`pifa::linear`."""
+    pivot_weights, coefficients, pivots = zip(*_factors(shape, ranks, dtype, device), strict=True)
+    rows = stacked_rows(pivots, shape.out_features)
+    stacked, flat = torch.cat(pivot_weights), torch.cat([c.flatten() for c in coefficients])
+    return lambda x: pifa_linear(x, stacked, flat, rows, ranks, shape.out_features)
+
+
+def reference(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Forward:
+    """What the paper's implementation runs, two F.linear and two index_copy_ per module."""
+    modules = [
+        (w, c, pivots, remaining_rows(pivots, m))
+        for (w, c, pivots), m in zip(_factors(shape, ranks, dtype, device), shape.out_features, strict=True)
+    ]
+
+    def module(x: Tensor, w: Tensor, c: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
+        y_p = linear(x, w)
+        y_np = linear(y_p, c)
+        y = x.new_empty(*x.shape[:-1], pivots.numel() + rest.numel())
+        return y.index_copy_(-1, pivots, y_p).index_copy_(-1, rest, y_np)
+
+    if len(modules) == 1:
+        return lambda x: module(x, *modules[0])
+    # One module after another, as an unfused model runs them; a caller gets one output each.
+    return lambda x: torch.cat([module(x, *parts) for parts in modules], dim=-1)
+
+
+def _factors(
+    shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each module: pivot weight [r, n], coefficients [m - r, r], pivot rows int64 [r]."""
+    return [
+        (
+            random_matrix(r, shape.n, dtype, device),
+            random_matrix(m - r, r, dtype, device),
+            torch.randperm(m, device=device)[:r].sort().values,
+        )
+        for r, m in zip(ranks, shape.out_features, strict=True)
+    ]

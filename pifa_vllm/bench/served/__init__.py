@@ -1,0 +1,1 @@
+"""Models served by vLLM: against the dense model, against bare vLLM, and as drafts."""

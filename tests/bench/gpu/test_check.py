@@ -1,0 +1,40 @@
+"""What of `make gpu-check` runs without a GPU."""
+
+import pytest
+import torch
+
+from pifa_vllm.bench.gpu import check
+from pifa_vllm.errors import PifaError
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    with pytest.raises(PifaError, match="expected a GPU"):
+        check.gpu_check(tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_values_are_compared(monkeypatch):
+    monkeypatch.setattr(check, "REAL_SHAPES", (((48, 16), (96, 40), 64),))
+    shapes = len(check.ODD_SHAPES) + len(check.TOLERANCE)
+    assert check.check_values("cpu") == shapes * len(check.TOKENS_TO_CHECK)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_a_wrong_value_is_named(monkeypatch, wrong):
+    right = check.pifa_linear
+
+    def broken(x, *rest):
+        y = right(x, *rest)
+        y[-1, -1] += wrong * y.abs().max()
+        return y
+
+    monkeypatch.setattr(check, "pifa_linear", broken)
+    with pytest.raises(PifaError, match=r"ranks \(0,\), out_features \(5,\), n 5, 1 tokens"):
+        check.check_values("cpu")
+
+
+def test_compiled_layers_take_every_token_count_in_one_graph():
+    torch._dynamo.reset()
+    assert check.check_compile("cpu") == len(check.TOKENS_TO_CHECK) - 1
