@@ -17,7 +17,7 @@ PAGE = Path(pifa_vllm.__file__).with_name("README.md")
 SIGNATURES = {
     "compress": "(model, output, *, density, method='mpifa-exact', calibration='self', samples=128, length=2048, "
     "seed=0, dtype=None, device='cpu', progress=None, **options)",
-    "factorize": "(u, v, *, pivoting='lu', max_coefficient=1.05)",
+    "factorize": "(u, v, *, max_coefficient=1.05)",
     "load": "(directory, *, dtype='auto', device='cpu')",
     "PIFA": "(pivot_weight, coefficients, pivot_rows)",
 }
