@@ -21,6 +21,7 @@ from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.ops import pifa_linear, stacked_rows
 from pifa_vllm.ops.cpu import load
+from pifa_vllm.ops.reference import pifa_linear_reference
 
 if TYPE_CHECKING:
     # Not at run time: this module is imported while transformers.modeling_utils is still being executed.
@@ -74,10 +75,13 @@ class PIFALinear(nn.Module):
             load()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., n] to [..., m], in the dtype of the factors."""
+        """Map [..., n] to [..., m], in the dtype of the factors, or of torch.autocast where that is on."""
         ranks, out_features = [self.rank], [self.out_features]
         coefficients = self.coefficients.flatten()
-        return pifa_linear(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
+        # Autocast casts for torch's own ops only; the kernels take one dtype.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        linear = pifa_linear_reference if autocast else pifa_linear
+        return linear(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
 
     def dense(self) -> nn.Linear:
         """Rebuild the ordinary layer, multiplied in float64 and rounded to the dtype of the factors."""
@@ -176,8 +180,13 @@ class PIFAQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The layer has no backward pass of its own."""
-        return False
+        """Gradients flow through the factors and to what comes before them (`pifa_vllm.ops.pifa_linear`)."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The factors are ordinary floating-point parameters: they may be trained without an adapter."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

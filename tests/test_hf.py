@@ -300,3 +300,28 @@ def test_the_architecture_check_names_what_does_not_belong(twins: Twins, tmp_pat
         UnsupportedModelError, match=r"config\.json: transformers makes no causal language model"
     ):
         check_architecture(Checkpoint.open(odd))
+
+
+def test_it_trains_as_an_ordinary_model_does(twins: Twins) -> None:
+    """transformers' Trainer asks these two before it takes a quantised model without an adapter."""
+    model = load(twins.pifa)
+    assert model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_qat_trainable
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for layer in pifa_layers(model).values():
+        assert float(layer.pivot_weight.grad.norm()) > 0
+        assert float(layer.coefficients.grad.norm()) > 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_reaches_the_layers(twins: Twins, grad: bool) -> None:
+    """Their kernels take one dtype; under autocast inputs and factors have two."""
+    model, x = load(twins.pifa), torch.randn(3, 64)
+    layer = next(iter(pifa_layers(model).values()))
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        model(TOKENS)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=5e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pifa_vllm.checkpoint.schema import read_json
-from pifa_vllm.checkpoint.tokenizer import load_tokenizer
+from pifa_vllm.checkpoint.tokenizer import check_same_tokenizer
 from pifa_vllm.errors import UnsupportedModelError
 
 
@@ -35,14 +35,4 @@ def check_draft(target: Path, draft: Path) -> None:
                 f"{draft / 'config.json'}: {field}: expected {wanted} as in {target}, found {found}. A draft must "
                 "have been compressed from the model that it drafts for."
             )
-    wanted, found = (load_tokenizer(directory).get_vocab() for directory in (target, draft))
-    # A tokenizer may leave ids of the embedding unused, but those that it uses must be the same.
-    different = sorted(
-        token for token in wanted.keys() | found.keys() if wanted.get(token) != found.get(token)
-    )
-    if different:
-        token = different[0]
-        raise UnsupportedModelError(
-            f"{draft}: expected the tokenizer of {target}, found another one: {len(different)} tokens differ, "
-            f"first {token!r}: expected id {wanted.get(token)}, found {found.get(token)}."
-        )
+    check_same_tokenizer(target, draft)

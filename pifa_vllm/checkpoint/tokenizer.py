@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.checkpoint.files import printable
-from pifa_vllm.errors import CheckpointError
+from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -28,3 +28,23 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: "
             f"{printable(' '.join(str(error).split())[:200])}). Expected tokenizer.json or tokenizer.model."
         ) from error
+
+
+def check_same_tokenizer(expected: Path, directory: Path) -> None:
+    """Check that two directories' tokenizers give every token the same id.
+
+    Raises:
+        CheckpointError: if one of them has none that can be loaded.
+        UnsupportedModelError: naming the first token that differs.
+    """
+    wanted, found = (load_tokenizer(path).get_vocab() for path in (expected, directory))
+    # A tokenizer may leave ids of the embedding unused, but those that it uses must be the same.
+    different = sorted(
+        token for token in wanted.keys() | found.keys() if wanted.get(token) != found.get(token)
+    )
+    if different:
+        token = different[0]
+        raise UnsupportedModelError(
+            f"{directory}: expected the tokenizer of {expected}, found another one: {len(different)} tokens "
+            f"differ, first {token!r}: expected id {wanted.get(token)}, found {found.get(token)}."
+        )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import resource
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pifa_vllm.checkpoint import Checkpoint
 from pifa_vllm.checkpoint.atomic import replace_text, write_error
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.report.schema import LayerReport, ModuleReport
@@ -19,16 +22,45 @@ _SAMPLED_BLOCKS = 256
 _BLOCK_BYTES = 4096
 
 
-class Journal(BaseModel):
+class Costs(BaseModel):
+    """What a run has cost so far, over all attempts.
+
+    Attributes:
+        seconds: wall time.
+        cpu_seconds: of all threads.
+        peak_rss_bytes: the highest of any attempt.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+class Clock:
+    """Time and memory of this attempt, added to what a journal has of the earlier ones."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def record(self, journal: Costs) -> None:
+        """Bring a journal's figures up to now."""
+        if self._before is None:
+            self._before = journal.seconds, journal.cpu_seconds
+        journal.seconds = self._before[0] + time.perf_counter() - self._wall
+        journal.cpu_seconds = self._before[1] + time.process_time() - self._cpu
+        # ru_maxrss is in KiB on Linux.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        journal.peak_rss_bytes = max(journal.peak_rss_bytes, peak)
+
+
+class Journal(Costs):
     """The state of a run after its last finished layer.
 
     Attributes:
         inputs: everything the result depends on; a run resumes only with the very same.
         modules: reports of the finished layers' modules.
         layers: reports of the finished layers.
-        seconds: wall time so far, over all attempts.
-        cpu_seconds: likewise.
-        peak_rss_bytes: likewise.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,9 +68,6 @@ class Journal(BaseModel):
     inputs: dict[str, Any]
     modules: list[ModuleReport] = []
     layers: list[LayerReport] = []
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    peak_rss_bytes: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -66,16 +95,7 @@ class Journal(BaseModel):
                 f"{path}: the journal of an earlier attempt cannot be read ({reason}). Remove {path.parent} to "
                 "start over."
             ) from error
-        if journal.inputs != inputs:
-            differing = sorted(
-                key
-                for key in journal.inputs.keys() | inputs.keys()
-                if journal.inputs.get(key) != inputs.get(key)
-            )
-            shown = "; ".join(
-                f"{key}: there {_short(journal.inputs.get(key))}, now {_short(inputs.get(key))}"
-                for key in differing
-            )
+        if shown := differences(journal.inputs, inputs):
             raise PifaError(
                 f"{path.parent}: an unfinished run with {len(journal.layers)} finished layers is here, but it was "
                 f"started differently ({shown}). Repeat its options to resume it, or remove the directory to "
@@ -84,7 +104,7 @@ class Journal(BaseModel):
         return journal
 
 
-def model_fingerprint(model: DenseModel) -> str:
+def model_fingerprint(model: DenseModel | Checkpoint) -> str:
     """Hash config.json and, per shard, its header and 256 evenly spread blocks of its data.
 
     Reading all of a 140 GB model to recognise it would cost minutes; a changed model differs in far more than one
@@ -103,6 +123,12 @@ def model_fingerprint(model: DenseModel) -> str:
     return digest.hexdigest()
 
 
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say in which inputs an earlier attempt and this one differ; empty if in none."""
+    keys = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
+    return "; ".join(f"{key}: there {_short(there.get(key))}, now {_short(now.get(key))}" for key in keys)
+
+
 def lock(directory: Path) -> IO[str]:
     """Hold `directory` for this process until the returned file is closed (or the process dies).
 
@@ -117,7 +143,7 @@ def lock(directory: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise PifaError(f"{directory}: another process is compressing into this directory.") from None
+        raise PifaError(f"{directory}: another process is at work in this directory.") from None
     return file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pifa_vllm.compression.calibration.token_file import write_tokens
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.estimate import Estimate, estimate
 from pifa_vllm.compression.flows import Flows, FlowShape
-from pifa_vllm.compression.journal import Journal, lock, model_fingerprint
+from pifa_vllm.compression.journal import Clock, Journal, lock, model_fingerprint
 from pifa_vllm.compression.options import CompressOptions
 from pifa_vllm.compression.progress import Progress
 from pifa_vllm.compression.publishing import publish
@@ -81,7 +80,7 @@ class Compression:
         Raises:
             PifaError: with what was expected and found; finished layers are kept.
         """
-        clock = _Clock()
+        clock = Clock()
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -172,7 +171,7 @@ class Compression:
                 )
         return journal
 
-    def _compress_layers(self, calibration: CalibrationSet, clock: _Clock) -> Journal:
+    def _compress_layers(self, calibration: CalibrationSet, clock: Clock) -> Journal:
         options, model = self.options, self.model
         path = self.staging / "journal.json"
         inputs = self._inputs(calibration.tokens)
@@ -242,24 +241,6 @@ class Compression:
             folds=options.folds,
         )
         return solver, flow_error
-
-
-class _Clock:
-    """Time and memory of this attempt, added to what the journal has of the earlier ones."""
-
-    def __init__(self) -> None:
-        self._before: tuple[float, float] | None = None
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def record(self, journal: Journal) -> None:
-        """Bring the journal's figures up to now."""
-        if self._before is None:
-            self._before = journal.seconds, journal.cpu_seconds
-        journal.seconds = self._before[0] + time.perf_counter() - self._wall
-        journal.cpu_seconds = self._before[1] + time.process_time() - self._cpu
-        # ru_maxrss is in KiB on Linux.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        journal.peak_rss_bytes = max(journal.peak_rss_bytes, peak)
 
 
 def shard_name(layer: int) -> str:

@@ -44,7 +44,8 @@ def pifa_linear(
     Raises:
         ValueError: if an argument has a shape, dtype, device or layout that does not fit the others.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or pivot_weight.requires_grad):
+    trained = x.requires_grad or pivot_weight.requires_grad or coefficients.requires_grad
+    if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
         # The kernels have no backward pass; training and torch.func take the torch ops.
         return pifa_linear_reference(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
     y: Tensor = torch.ops.pifa.linear(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)

@@ -60,6 +60,16 @@ def test_gradients_reach_factors_input_and_bias():
     assert torch.autograd.gradcheck(lambda x, w, c, b: pifa_linear(x, w, c, rows, ranks, outs, b), tensors)
 
 
+@pytest.mark.parametrize("trained", ["coefficients", "bias"])
+def test_gradients_reach_what_alone_is_trained(trained):
+    """Of the first layer, say, whose inputs come from a frozen embedding."""
+    names = ("pivot_weight", "coefficients", "out_rows", "ranks", "out_features", "bias")
+    arguments = dict(zip(names, Layer.random([5], [12], 8, with_bias=True).arguments(), strict=True))
+    arguments[trained].requires_grad_()
+    pifa_linear(torch.randn(4, 8), **arguments).sum().backward()
+    assert float(arguments[trained].grad.norm()) > 0
+
+
 def test_compiles_as_one_graph_for_every_number_of_tokens():
     layer = Layer.random([9, 8], [24, 8], 16, with_bias=True)
     arguments = layer.arguments()

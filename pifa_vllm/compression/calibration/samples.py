@@ -103,10 +103,77 @@ def load_samples(
     return CalibrationSet(tokens, drawn | record)
 
 
+def load_sequences(
+    spec: str,
+    tokenizer: Any,
+    *,
+    most: int,
+    length: int,
+    seed: int,
+    model_dir: Path,
+    field: str = "text",
+    device: str | torch.device = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CalibrationSet:
+    """Cut a source into sequences that share no token, in its order, as training needs them.
+
+    Args:
+        spec: as `load_samples` takes it; of a file of tokens, the sequences that it holds.
+        tokenizer: the model's transformers tokenizer.
+        most: sequences at most; "self" samples this many, other sources may have fewer.
+        length: tokens per sequence; what does not fill a last one is dropped.
+        seed: of the model's samples.
+        model_dir: the dense model's directory.
+        field: key of the text in JSONL records and dataset rows.
+        device: where the model runs for "self".
+        on_progress: called with tokens done and tokens in all while the model samples.
+
+    Raises:
+        CalibrationError: if the source is missing, empty or unreadable, does not fill one sequence, or its tokens
+            are not the model's.
+    """
+    if spec == "self":
+        return load_samples(
+            spec,
+            tokenizer,
+            samples=most,
+            length=length,
+            seed=seed,
+            model_dir=model_dir,
+            device=device,
+            on_progress=on_progress,
+        )
+    if spec.endswith(".safetensors"):
+        tokens, record = read_tokens(Path(spec).expanduser(), None, length)
+    else:
+        stream, record = _stream(spec, tokenizer, field, needed=most * length, least=length)
+        count = stream.size // length
+        tokens = torch.from_numpy(stream[: count * length].astype(np.int64)).view(count, length)
+    tokens = tokens[:most]
+    _check_vocabulary(int(tokens.max()), tokenizer, model_dir)
+    drawn = {"samples": len(tokens), "length": length, "tokenizer_vocabulary": len(tokenizer)}
+    return CalibrationSet(tokens, record | drawn | {"windows": "disjoint, in the source's order"})
+
+
 def _windows(
     spec: str, tokenizer: Any, *, samples: int, length: int, seed: int, field: str
 ) -> tuple[Tensor, dict[str, Any]]:
     """Cut windows at random starts from a source's stream: int64 [samples, length], and its record."""
+    stream, record = _stream(spec, tokenizer, field, needed=samples * length, least=samples * length)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, stream.size - length + 1, (samples,), generator=generator)
+    tokens = np.stack([stream[start : start + length] for start in starts.tolist()])
+    return torch.from_numpy(tokens.astype(np.int64)), {**record, "windows": "uniformly random starts"}
+
+
+def _stream(
+    spec: str, tokenizer: Any, field: str, *, needed: int, least: int
+) -> tuple[np.ndarray[Any, np.dtype[np.int32]], dict[str, Any]]:
+    """Tokenise a source to one stream, int32, of `needed` tokens and more where it has them; and its record.
+
+    Raises:
+        CalibrationError: if it has fewer than `least`.
+    """
     if is_file_spec(spec):
         path = Path(spec).expanduser()
         lines = is_json_lines(path)
@@ -123,27 +190,21 @@ def _windows(
     if record["source"] != "text":
         record["field"] = field
 
-    needed = samples * length
     text = _Text(documents, separator, max(_MAX_CHARACTERS, needed * _CHARACTERS_PER_TOKEN))
     stream = _tokenize(text, tokenizer)
     if text.characters == 0:
         raise CalibrationError(f"{where}: expected calibration text, found none.")
-    if stream.size < needed:
+    if stream.size < least:
         raise CalibrationError(
-            f"{where}: {samples} samples of {length} tokens need {needed} tokens, found {stream.size} in "
-            f"{text.characters} characters. Give more text, or ask for fewer or shorter samples."
+            f"{where}: these options need {least} tokens, found {stream.size} in {text.characters} characters. "
+            "Give more text, or ask for fewer or shorter samples."
         )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, stream.size - length + 1, (samples,), generator=generator)
-    tokens = np.stack([stream[start : start + length] for start in starts.tolist()])
-    record |= {
+    return stream, record | {
         "sha256": text.digest.hexdigest(),
         "characters": text.characters,
         "tokens_available": int(stream.size),
         "whole_source_read": not text.truncated,
-        "windows": "uniformly random starts",
     }
-    return torch.from_numpy(tokens.astype(np.int64)), record
 
 
 class _Text:

@@ -27,8 +27,8 @@ def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
     replace_file(path, lambda scratch: save_file({"tokens": whole}, scratch, metadata=metadata))
 
 
-def read_tokens(path: Path, samples: int, length: int) -> tuple[Tensor, dict[str, Any]]:
-    """Read the tokens that `write_tokens` saved, and their provenance.
+def read_tokens(path: Path, samples: int | None, length: int) -> tuple[Tensor, dict[str, Any]]:
+    """Read the tokens that `write_tokens` saved, and their provenance; None takes as many samples as there are.
 
     Raises:
         CalibrationError: if the file is no such file, or holds another number of samples or tokens.
@@ -41,6 +41,8 @@ def read_tokens(path: Path, samples: int, length: int) -> tuple[Tensor, dict[str
         raise CalibrationError(
             f"{path}: expected a safetensors file with a tensor `tokens` and a record of them ({error})."
         ) from error
+    if tokens.ndim == 2 and samples is None:
+        samples = len(tokens)
     if tokens.dtype != torch.int64 or tuple(tokens.shape) != (samples, length):
         raise CalibrationError(
             f"{path}: tensor tokens: expected int64 [{samples}, {length}] as --samples and --length say, found "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pifa_vllm.compression.report.schema import CompressionReport, ModuleReport
+from pifa_vllm.compression.report.schema import CompressionReport, HealingReport, ModuleReport
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,20 @@ def describe_calibration(report: CompressionReport) -> str:
     return (
         f"{record.get('samples', '?')} sequences of {record.get('length', '?')} tokens {what}, "
         f"seed {record.get('seed', '?')}."
+    )
+
+
+def describe_healing(healing: HealingReport) -> str:
+    """Say in a few sentences what a healing run did, and at which cost."""
+    passes = healing.tokens_seen / max(1, healing.tokens_available)
+    trained = "factors, norms and embeddings" if healing.options.get("embeddings") else "factors and norms"
+    name = healing.calibration.get("name")
+    source = "the dense model's own samples" if name is None else str(name)
+    early = f" Ended early: {healing.stopped}." if healing.stopped else ""
+    return (
+        f"Distilled from the dense model's logits: {trained}, {healing.tokens_seen:,} tokens seen "
+        f"({passes:.1f} passes over {source}). KL divergence from the dense model on {healing.held_out_tokens:,} "
+        f"held-out tokens: {healing.held_out_before:.4f} before, {healing.held_out_after:.4f} after, in nats per "
+        f"token.{early} {duration(healing.seconds)}, {duration(healing.cpu_seconds)} of CPU time, "
+        f"{size(healing.peak_rss_bytes)} of memory."
     )

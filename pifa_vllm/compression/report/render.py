@@ -17,7 +17,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pifa_vllm.compression.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, line_chart, rank_columns
-from pifa_vllm.compression.report.figures import by_kind, describe_calibration, duration, size, summarize
+from pifa_vllm.compression.report.figures import (
+    by_kind,
+    describe_calibration,
+    describe_healing,
+    duration,
+    size,
+    summarize,
+)
 from pifa_vllm.compression.report.findings import findings
 from pifa_vllm.compression.report.schema import CARD_NAME, HTML_NAME, REPORT_NAME, CompressionReport
 
@@ -64,6 +71,7 @@ def render_html(report: CompressionReport) -> str:
         report=report,
         method=METHODS[report.method],
         calibration=describe_calibration(report),
+        healing=[describe_healing(x) for x in report.healing],
         findings=findings(report),
         kinds=kinds,
         total=summarize("all", report.modules) if report.modules else None,
@@ -118,6 +126,7 @@ def render_model_card(report: CompressionReport, source_card: str | None = None)
         license=front.get("license"),
         method=METHODS[report.method],
         calibration=describe_calibration(report),
+        healing=[describe_healing(x) for x in report.healing],
         findings=findings(report),
         total=summarize("all", report.modules) if report.modules else None,
     )

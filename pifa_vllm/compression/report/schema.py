@@ -108,6 +108,64 @@ class Evaluation(_Entry):
         return ", ".join(x for x in (self.engine, self.dtype, bos) if x)
 
 
+class HealingPoint(_Entry):
+    """One look at the held-out text during healing.
+
+    Attributes:
+        step: steps done.
+        tokens: training tokens seen.
+        train: mean training loss since the look before; None at the first.
+        held_out: mean loss on the held-out text. Both are KL divergences from the dense model's predictions, in
+            nats per token.
+    """
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    train: float | None = None
+    held_out: float
+
+
+class HealingReport(_Entry):
+    """One healing run.
+
+    Attributes:
+        teacher: name of the dense model's directory.
+        tokens_seen: training tokens, passes over the same text counted each time.
+        tokens_available: training tokens of one pass.
+        held_out_tokens: tokens that judged and were not trained on.
+        held_out_before: the input's held-out loss, see `HealingPoint`.
+        held_out_after: the published parameters', rounded as they are stored.
+        best_step: after which the published parameters were taken.
+        steps: done in all.
+        stopped: why the run ended early, or None.
+        history: every look at the held-out text.
+        calibration: record of the text.
+        options: every option that bears on the result.
+        seconds: wall time; a resumed run's is the sum over its parts.
+        peak_rss_bytes: highest resident memory of the process.
+        command: the command line.
+        created: ISO 8601 date and time, UTC.
+    """
+
+    teacher: str
+    tokens_seen: int
+    tokens_available: int
+    held_out_tokens: int
+    held_out_before: float
+    held_out_after: float
+    best_step: int
+    steps: int
+    stopped: str | None = None
+    history: list[HealingPoint]
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    command: str
+    created: str | None = None
+
+
 class CompressionReport(_Entry):
     """One compression run.
 
@@ -128,6 +186,7 @@ class CompressionReport(_Entry):
         versions: package name to version.
         command: the command line that reproduces the run.
         created: ISO 8601 date and time, UTC.
+        healing: runs of `pifa-vllm heal` after it, in their order; the modules' errors are those before them.
     """
 
     format_version: Literal[1] = 1
@@ -156,3 +215,4 @@ class CompressionReport(_Entry):
     modules: list[ModuleReport]
     layers: list[LayerReport]
     evaluation: list[Evaluation] = Field(default_factory=list)
+    healing: list[HealingReport] = Field(default_factory=list)
