@@ -164,6 +164,10 @@ def _by_transformers(directory: Path, dtype: str, device: str, batch_size: int) 
 def _by_vllm(directory: Path, dtype: str, eager: bool) -> tuple[Any, str]:
     try:
         import vllm
+        from vllm.platforms import current_platform
+
+        # vLLM asks for that version, too, to find out what it runs on; by now it knows.
+        current_platform.device_type  # noqa: B018
     except ImportError as error:
         raise EvaluationError(
             f"vLLM cannot be imported ({error}); install pifa-vllm[cpu] or pifa-vllm[cuda]."

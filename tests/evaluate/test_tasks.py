@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import yaml
 from pifa_vllm.errors import CheckpointError, EvaluationError
 from pifa_vllm.evaluate.tasks import check_known, run_tasks
 from tests.conftest import Twins
+from tests.pifa_tiny import save_pifa_twin
+from tests.tiny import save_tiny_model
 
 KNOWN = ["hellaswag", "piqa", "arc_easy"]
 ITEMS = [
@@ -84,3 +87,22 @@ def test_what_shows_before_lm_eval_is_asked(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EvaluationError, match=r"lm-eval cannot be imported .*pifa-vllm\[tasks\]"):
         run_tasks(twins.dense, ["piqa"])
+
+
+@pytest.mark.vllm
+def test_vllm_answers_as_transformers_does(task_dir: Path, tmp_path: Path) -> None:
+    # vLLM's attention on the CPU wants heads of at least 32.
+    save_tiny_model(tmp_path / "original", hidden=128, intermediate=160, max_position_embeddings=128)
+    save_pifa_twin(
+        tmp_path / "original", tmp_path / "pifa", tmp_path / "dense", ranks=lambda name, m, n: min(m, n) // 2
+    )
+    options = ["--tasks", "numbers", "--task-dir", str(task_dir), "--engine", "both", "--eager", "--json"]
+    # In a process of its own: vLLM binds threads to cores and sets up process groups for good.
+    code = f"from pifa_vllm.cli import main; raise SystemExit(main({['eval', str(tmp_path / 'pifa'), *options]}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    by_transformers, _, by_vllm, _ = found = json.loads(done.stdout)
+    assert [x["engine"] for x in found] == ["transformers", "transformers", "vllm", "vllm"]
+    assert [x["metric"] for x in found] == ["acc", "acc_norm"] * 2
+    assert (by_vllm["dtype"], by_vllm["samples"]) == ("float32", 6)
+    assert by_vllm["value"] == by_transformers["value"]
