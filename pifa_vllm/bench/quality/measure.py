@@ -30,6 +30,7 @@ from pifa_vllm.errors import PifaError
 from pifa_vllm.evaluate.comparison import Comparison, Reference
 
 KIND = "quality"
+_ENOUGH_WINDOWS = 64
 
 
 def quality(
@@ -90,6 +91,9 @@ def quality(
                     cache=work_dir,
                     say=say,
                 )
+                count = len(references[name].windows.tokens)
+                if count < _ENOUGH_WINDOWS:
+                    say(f"{name}: {count} windows, too few to tell small differences; shorter ones help")
             found = references[name].compare(directory)
             gc.collect()
             # What was measured of the same under the same name before is of other options by now.

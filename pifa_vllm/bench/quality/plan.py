@@ -178,7 +178,7 @@ def identity(case: Case, plan: Plan) -> dict[str, Any]:
     if case.variant.directory is None:
         same["calibration"] = plan.calibration
     else:
-        same["directory"] = case.variant.directory.format(density=f"{case.density or 0:g}")
+        same["directory"] = case.variant.directory.replace("{density}", f"{case.density or 0:g}")
         # One that was written anew is another one.
         weights = Path(same["directory"]).glob("*.safetensors")
         same["written"] = max((path.stat().st_mtime_ns for path in weights), default=0)
