@@ -94,7 +94,9 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(f"lm-eval cannot be imported ({error}); install pifa-vllm[tasks].") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # The hub's client tells of every try where there is no network.
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if task_dir is not None and not task_dir.is_dir():
         raise EvaluationError(f"{task_dir}: no such folder; expected task definitions in YAML.")
     own = {} if task_dir is None else {"include_path": str(task_dir)}
@@ -141,8 +143,8 @@ def _load_data(manager: Any, tasks: Sequence[str]) -> None:
         # What datasets and the hub's client raise has no common class but OSError, and not even that always.
         except Exception as error:
             raise EvaluationError(
-                f"task {task}: its data cannot be loaded ({reason(error)}). Tasks whose data is a local file: "
-                "--task-dir with a definition that has `dataset_path: json`."
+                f"task {task} or its data cannot be loaded ({reason(error)}). Tasks whose data is a local "
+                "file: --task-dir with a definition that has `dataset_path: json`."
             ) from error
 
 

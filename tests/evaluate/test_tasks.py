@@ -63,7 +63,7 @@ def test_both_forms_of_a_model_answer_alike(twins: Twins, task_dir: Path) -> Non
 
 
 def test_refusals(twins: Twins, task_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"task lost: its data cannot be loaded \(.*--task-dir"):
+    with pytest.raises(EvaluationError, match=r"task lost or its data cannot be loaded \(.*--task-dir"):
         run_tasks(twins.dense, ["lost"], task_dir=task_dir)
     with pytest.raises(EvaluationError, match=r"nowhere: no such folder"):
         run_tasks(twins.dense, ["numbers"], task_dir=tmp_path / "nowhere")
