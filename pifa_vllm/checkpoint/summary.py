@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pifa_vllm.checkpoint.schema import COEFFICIENTS
-from pifa_vllm.checkpoint.shards import TensorEntry
+from pifa_vllm.checkpoint.shards import Shards, TensorEntry
 from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite
 
 # The weights of decoder layers: what a compressor may compress, and what densities are measured over.
@@ -64,10 +65,16 @@ def summarize(checkpoint: Checkpoint) -> list[ModuleSummary]:
         CheckpointError: if a coefficient is not finite.
     """
     modules = [_compressed(checkpoint, entry) for entry in checkpoint.modules.values()]
-    for name, entry in checkpoint.shards.entries.items():
-        if len(entry.shape) == 2 and _LAYER_WEIGHT.search(name):
-            modules.append(_dense(name, entry, f"{name.removesuffix('weight')}bias" in checkpoint.shards))
+    for name, entry in dense_weights(checkpoint.shards):
+        modules.append(_dense(name, entry, f"{name.removesuffix('weight')}bias" in checkpoint.shards))
     return sorted(modules, key=lambda module: _natural(module.name))
+
+
+def dense_weights(shards: Shards) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the tensors [m, n] of the decoder layers' linear modules that are dense, with their full names."""
+    for name, entry in shards.entries.items():
+        if len(entry.shape) == 2 and _LAYER_WEIGHT.search(name):
+            yield name, entry
 
 
 def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:

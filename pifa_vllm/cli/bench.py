@@ -10,34 +10,15 @@ from pathlib import Path
 from pifa_vllm.cli.bench_e2e import add_e2e
 from pifa_vllm.cli.bench_options import densities_of, plot_file
 from pifa_vllm.cli.bench_overhead import add_overhead
+from pifa_vllm.cli.bench_quality import add_quality
 from pifa_vllm.cli.bench_speculative import add_speculative
-
-_EPILOG = """\
-Options that `bench quality` does not know go to `pifa-vllm compress`, such as --calibration, --samples, --length
-and --seed. Checkpoints are kept in the work directory, rows in the results; neither is computed again.
-"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser("bench", description="Measure, and write the results as JSON.")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    quality = kinds.add_parser(
-        "quality",
-        help="perplexity and cost of compression, by method and density",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = quality.add_argument
-    add("model", type=Path, help="dense model directory")
-    add("--text", type=Path, required=True, metavar="FILE", help="evaluation text")
-    add("--output", type=Path, required=True, metavar="JSON", help="results")
-    add("--work-dir", type=Path, required=True, metavar="DIR", help="for the checkpoints")
-    add("--variants", default="svd,svd-llm,svd-llm-pifa,mpifa,mpifa-exact", help="(default: %(default)s)")
-    add("--densities", default="0.8,0.6,0.5", help="(default: %(default)s)")
-    add("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    add("--max-windows", type=int, default=8, help="evaluation windows (default: %(default)s)")
-    quality.set_defaults(run=run, accepts_extra=True)
+    add_quality(kinds)
     layer = kinds.add_parser("layer", help="one layer: PIFA, dense, plain low rank, the reference's forward")
     add = layer.add_argument
     add("--shapes", default="llama2-7b", help="model names, or sizes of square layers (default: %(default)s)")
@@ -67,34 +48,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     table = kinds.add_parser("table", help="print the results of a benchmark as Markdown")
     table.add_argument("results", type=Path, metavar="JSON")
     table.set_defaults(run=run_table)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure and write."""
-    from pifa_vllm.bench.quality.measure import VARIANTS, quality
-    from pifa_vllm.cli.compress import command_line
-    from pifa_vllm.errors import PifaError
-
-    variants = args.variants.split(",")
-    if unknown := set(variants) - set(VARIANTS):
-        raise PifaError(
-            f"--variants: expected some of {', '.join(VARIANTS)}, found {', '.join(sorted(unknown))}."
-        )
-    densities = densities_of("--densities", args.densities)
-    quality(
-        args.model,
-        args.text,
-        args.output,
-        args.work_dir,
-        variants=variants,
-        densities=densities,
-        compress_options=args.extra,
-        seqlen=args.seqlen,
-        max_windows=args.max_windows,
-        command=command_line(sys.argv),
-        say=lambda line: print(line, flush=True),
-    )
-    return 0
 
 
 def run_layer(args: argparse.Namespace) -> int:
@@ -209,6 +162,10 @@ def run_table(args: argparse.Namespace) -> int:
             from pifa_vllm.bench.served.speculative_report import break_even_table, speculative_table
 
             tables = [speculative_table(results), break_even_table()]
+        elif results.get("kind") == "quality":
+            from pifa_vllm.bench.quality.losses import tables as losses
+
+            tables = list(losses(results))
         elif "kind" in results:
             # Not at the top: it needs Triton.
             from pifa_vllm.bench.gpu.cost_model import layer_table

@@ -1,4 +1,4 @@
-"""`pifa-vllm eval`: perplexity on a text file."""
+"""`pifa-vllm eval`: perplexity on a text file, or zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,33 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pifa_vllm.cli import eval_tasks
+
 if TYPE_CHECKING:
+    from pifa_vllm.compression.report.schema import Evaluation
     from pifa_vllm.evaluate.protocol import Perplexity
 
 _EPILOG = """\
 The text is tokenised as one stream and cut into windows that do not overlap; a last partial window is dropped. The
 figure is the mean negative log-likelihood per token, in float32, each window's first token not scored. Logits that
-are not finite are an error. --record adds the figure to the reports that `pifa-vllm compress` wrote there.
+are not finite are an error.
+
+--tasks runs tasks of EleutherAI's lm-eval (pip install 'pifa-vllm[tasks]'), such as hellaswag,arc_easy,piqa. Their
+data comes from the Hugging Face hub. Tasks of a local file, without a network: a YAML file in --task-dir,
+
+    task: hellaswag_local
+    dataset_path: json
+    dataset_kwargs: {data_files: {validation: /data/hellaswag.jsonl}}
+    validation_split: validation
+    output_type: multiple_choice
+    doc_to_text: "{{query}}"
+    doc_to_target: label                     # which of the choices is right, from 0
+    doc_to_choice: choices
+    metric_list: [{metric: acc}, {metric: acc_norm}]
+
+for lines such as {"query": "...", "choices": ["...", "..."], "label": 0}.
+
+--record adds the figure to the reports that `pifa-vllm compress` wrote there.
 """
 
 
@@ -22,13 +42,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "eval",
-        description="Measure the perplexity of a PIFA or dense model on a text.",
+        description="Measure the perplexity of a PIFA or dense model on a text, or run tasks.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("model", type=Path, help="model directory, PIFA or dense")
-    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text file")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--text", type=Path, metavar="FILE", help="UTF-8 text file: measure perplexity")
+    what("--tasks", metavar="TASK,...", help="run these tasks of lm-eval")
     add("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     add("--max-windows", type=int, metavar="N", help="score only the first N windows")
     add(
@@ -61,6 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="add the result to the directory's compression report, its HTML page and its model card",
     )
     add("--json", action="store_true", help="print JSON, with the figure of every window")
+    eval_tasks.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,15 +98,24 @@ def run(args: argparse.Namespace) -> int:
         from pifa_vllm.compression.report.record import read_report
 
         method = read_report(args.model).method  # before minutes go into a result that has no place to go
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{args.text}: cannot be read as UTF-8 text ({error}).") from error
     if args.threads is not None:
         if args.threads < 1:
             raise EvaluationError(f"--threads: expected 1 or more, found {args.threads}.")
         torch.set_num_threads(args.threads)
+    evaluations = _perplexities(args) if args.tasks is None else eval_tasks.run(args)
+    if method is not None:
+        _record(args.model, [x.model_copy(update={"model": method}) for x in evaluations])
+    return 0
 
+
+def _perplexities(args: argparse.Namespace) -> list[Evaluation]:
+    """Measure and print; the figures as a compression report has them."""
+    from pifa_vllm.errors import EvaluationError
+
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{args.text}: cannot be read as UTF-8 text ({error}).") from error
     results = []
     if args.engine != "vllm":
         results.append(_by_transformers(args, text))
@@ -109,9 +141,7 @@ def run(args: argparse.Namespace) -> int:
             print(_line(result))
         if difference is not None:
             print(f"difference of the mean NLLs (vllm - transformers): {difference:+.2e}")
-    if method is not None:
-        _record(args, text, results, method)
-    return 0
+    return _evaluations(args.text.name, text, results)
 
 
 def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
@@ -135,18 +165,17 @@ def _by_transformers(args: argparse.Namespace, text: str) -> Perplexity:
         )
 
 
-def _record(args: argparse.Namespace, text: str, results: list[Perplexity], method: str) -> None:
+def _evaluations(name: str, text: str, results: list[Perplexity]) -> list[Evaluation]:
     import hashlib
 
-    from pifa_vllm.compression.report.record import record
-    from pifa_vllm.compression.report.schema import CARD_NAME, Evaluation
+    from pifa_vllm.compression.report.schema import Evaluation
 
     digest = hashlib.sha256(text.encode()).hexdigest()
-    evaluations = [
+    return [
         Evaluation(
-            model=method,
+            model="",
             value=result.perplexity,
-            data=args.text.name,
+            data=name,
             tokens=result.scored_tokens,
             nll=result.nll,
             windows=result.windows,
@@ -158,10 +187,16 @@ def _record(args: argparse.Namespace, text: str, results: list[Perplexity], meth
         )
         for result in results
     ]
-    written = record(args.model, evaluations)
-    print(f"recorded in {', '.join(str(args.model / file) for file in written)}", file=sys.stderr)
+
+
+def _record(directory: Path, evaluations: list[Evaluation]) -> None:
+    from pifa_vllm.compression.report.record import record
+    from pifa_vllm.compression.report.schema import CARD_NAME
+
+    written = record(directory, evaluations)
+    print(f"recorded in {', '.join(str(directory / file) for file in written)}", file=sys.stderr)
     if CARD_NAME not in written:
-        print(f"{args.model / CARD_NAME} was changed by hand and is left as it is", file=sys.stderr)
+        print(f"{directory / CARD_NAME} was changed by hand and is left as it is", file=sys.stderr)
 
 
 def _line(result: Perplexity) -> str:

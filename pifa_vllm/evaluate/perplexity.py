@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
 from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows
 from pifa_vllm.loading import load
+
+Head = Callable[[Tensor], Tensor]
 
 # Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
 _LOGITS = 2**24
@@ -82,29 +84,49 @@ def perplexity(
 @torch.inference_mode()
 def _window_nll(model: PreTrainedModel, tokens: Tensor, source: str) -> float:
     """Mean NLL of tokens[1:] given what precedes each, tokens int64 [seqlen]."""
-    tokens = tokens.to(model.device)
-    targets = tokens[1:]
-    head = model.get_output_embeddings()
-    if _head_is_last(model):
-        states = model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0, :-1]
-        step = max(1, _LOGITS // head.weight.shape[0])
-        chunks = (head(chunk) for chunk in states.split(step))
-    else:
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-        step = max(1, _LOGITS // logits.shape[1])
-        chunks = iter(logits.split(step))
+    inputs, head = head_inputs(model, tokens)
     total, position = 0.0, 0
-    for chunk in chunks:  # [<= step, vocabulary]
-        chunk = chunk.float()
-        finite = torch.isfinite(chunk).all(dim=1)
+    for logits in logit_chunks(inputs, head, model.config.get_text_config().vocab_size, source):
+        expected = tokens[1:][position : position + len(logits)].to(logits.device)
+        nlls = torch.logsumexp(logits, dim=1) - logits.gather(1, expected[:, None])[:, 0]
+        total += float(nlls.double().sum())
+        position += len(logits)
+    return total / position
+
+
+def head_inputs(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Head]:
+    """Run a model on a window up to its head, so that the head can be applied to a few positions at a time.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokens: int64 [seqlen].
+
+    Returns:
+        What predicts tokens[1:], [seqlen - 1, width], on the model's device, and what makes logits
+        [.., vocabulary] of it: for a model that changes its logits after the head those are there already.
+    """
+    tokens = tokens[None].to(model.device)
+    if _head_is_last(model):
+        states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return states[0, :-1], model.get_output_embeddings()
+    return model(input_ids=tokens, use_cache=False).logits[0, :-1], lambda logits: logits
+
+
+def logit_chunks(inputs: Tensor, head: Head, vocabulary: int, source: str) -> Iterator[Tensor]:
+    """Yield the logits of what `head_inputs` gave, float32 [positions, vocabulary], some 64 MiB at a time.
+
+    Raises:
+        EvaluationError: if one is not finite, naming `source` and the position.
+    """
+    position = 0
+    for chunk in torch.split(inputs, max(1, _LOGITS // vocabulary)):
+        logits = head(chunk).float()
+        finite = torch.isfinite(logits).all(dim=1)
         if not bool(finite.all()):
             bad = position + int((~finite).nonzero()[0])
             raise EvaluationError(f"{source}, position {bad}: the logits contain NaN or infinity.")
-        expected = targets[position : position + len(chunk)]
-        nlls = torch.logsumexp(chunk, dim=1) - chunk.gather(1, expected[:, None])[:, 0]
-        total += float(nlls.double().sum())
-        position += len(chunk)
-    return total / len(targets)
+        yield logits
+        position += len(logits)
 
 
 def _head_is_last(model: PreTrainedModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,7 @@ class Perplexity:
     @property
     def standard_error(self) -> float | None:
         """Standard error of `nll` over windows; None for a single window."""
-        if self.windows < 2:
-            return None
-        squares = math.fsum((nll - self.nll) ** 2 for nll in self.window_nlls)
-        return math.sqrt(squares / (self.windows - 1) / self.windows)
+        return standard_error(self.window_nlls)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, the figures derived from `window_nlls` included, ready for JSON."""
@@ -84,6 +82,19 @@ class Perplexity:
             "scored_tokens": self.scored_tokens,
         }
         return {**derived, **asdict(self)}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent values; None for fewer than two.
+
+    Of the differences of two models on the same windows it is the paired one: what makes a window hard for both
+    drops out, and that is most of the spread.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def served_perplexity(
     )
     config = load_config(directory)
     check_fit(windows, config, str(directory))
-    with _environment():
+    with engine_environment():
         try:
             from vllm import LLM
         except ImportError as error:
@@ -64,7 +64,7 @@ def served_perplexity(
             max_model_len=seqlen,
             max_num_seqs=1,
             max_num_batched_tokens=min(seqlen, _STEP_TOKENS),
-            kv_cache_memory_bytes=_kv_cache_bytes(config, seqlen),
+            kv_cache_memory_bytes=kv_cache_bytes(config, seqlen),
             enforce_eager=eager,
             disable_log_stats=True,
         )
@@ -85,7 +85,7 @@ def served_perplexity(
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def engine_environment() -> Iterator[None]:
     """Keep the engine in this process, and its log off stdout, where `--json` goes; what is set already wins."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -101,7 +101,7 @@ def _environment() -> Iterator[None]:
             del os.environ[name]
 
 
-def _kv_cache_bytes(config: Any, seqlen: int) -> int:
+def kv_cache_bytes(config: Any, seqlen: int) -> int:
     """Enough for two windows in float32; left to itself vLLM takes nearly all of the memory."""
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

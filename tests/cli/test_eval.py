@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pifa_vllm.cli import main
 from pifa_vllm.compression.report.render import render_files
+from pifa_vllm.evaluate import tasks
+from pifa_vllm.evaluate.tasks import TaskFigure
 from tests.compression.report.sample_report import sample_report
 from tests.conftest import Twins
 from tests.edit import copy_edited
@@ -117,3 +120,41 @@ def test_record_needs_a_report_before_anything_is_measured(
     out, err = capsys.readouterr()
     assert out == ""
     assert f"{twins.pifa / 'compression_report.json'}: no such file" in err
+
+
+def test_tasks_are_recorded_like_perplexity(
+    twins: Twins, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def run_tasks(directory: Path, names: list[str], **options: Any) -> list[TaskFigure]:
+        asked.append({"names": names, **options})
+        value = 0.25 if options["engine"] == "vllm" else 0.5
+        return [TaskFigure("hellaswag", "acc_norm", value, 0.05, 100, 0, "1.0", options["engine"], "float32")]
+
+    monkeypatch.setattr(tasks, "run_tasks", run_tasks)
+    directory = copy_edited(twins.pifa, tmp_path / "model")
+    for name, content in render_files(sample_report(evaluation=[])).items():
+        (directory / name).write_text(content)
+    arguments = ["eval", str(directory), "--tasks", "hellaswag,piqa", "--limit", "100", "--engine", "both"]
+    assert main([*arguments, "--record"]) == 0
+    assert [x["engine"] for x in asked] == ["transformers", "vllm"]
+    assert asked[0]["names"] == ["hellaswag", "piqa"]
+    assert (asked[0]["limit"], asked[0]["task_dir"], asked[0]["batch_size"]) == (100, None, 8)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "hellaswag acc_norm 0.5000 ± 0.0500  (100 items, 0-shot; transformers, float32)"
+    rows = json.loads((directory / "compression_report.json").read_text())["evaluation"]
+    assert [(x["model"], x["metric"], x["value"], x["engine"]) for x in rows] == [
+        ("mpifa", "acc_norm", 0.5, "transformers"),
+        ("mpifa", "acc_norm", 0.25, "vllm"),
+    ]
+    assert rows[0]["data"] == "hellaswag, first 100 items, 0-shot"
+    assert "hellaswag, first 100 items, 0-shot" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--text", "t.txt", "--tasks", "piqa"]])
+def test_either_a_text_or_tasks(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", "model", *options])
+    assert caught.value.code == 2
+    assert "--tasks" in capsys.readouterr().err

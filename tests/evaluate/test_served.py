@@ -100,7 +100,7 @@ def test_damage_is_found_before_an_engine_starts(
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    with served._environment():
+    with served.engine_environment():
         assert served.os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
         assert served.os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert served.os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
