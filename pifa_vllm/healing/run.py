@@ -28,6 +28,8 @@ from pifa_vllm.healing.text import Text, batch_indices, load_text
 _DIVERGED = 3.0
 # Looks at the held-out text without a new best before a run ends early.
 _PATIENCE = 5
+# Seconds without a line, where looks are far apart.
+_SILENCE = 60.0
 
 
 class Healing:
@@ -129,6 +131,8 @@ class Healing:
         if not state.history:
             # The model as it is: what everything later is measured by.
             self._look(distillation, state, text, 0, losses, files)
+            self.say(_line(state, options.steps))
+        said = time.perf_counter()
         for step in range(first, options.steps):
             if state.stopped is not None:
                 break
@@ -143,12 +147,16 @@ class Healing:
                 self._look(distillation, state, text, done, losses, files)
                 losses.clear()
             else:
+                if time.perf_counter() - said > _SILENCE:
+                    said = time.perf_counter()
+                    self.say(f"step {done}/{options.steps}: training loss {losses[-1]:.4f}")
                 continue
             # Together with the parameters of this moment; the best ones are on the disk before.
             clock.record(state)
             files.save(state, distillation.parameters, distillation.optimizer)
             left = (time.perf_counter() - started) / (done - first) * (options.steps - done)
             self.say(_line(state, options.steps) + f", {duration(left)} left")
+            said = time.perf_counter()
         if state.stopped is not None:
             self.say(f"stopped early, the best state is kept: {state.stopped}")
 

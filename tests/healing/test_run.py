@@ -49,7 +49,7 @@ def test_the_model_comes_closer_to_its_parent(family: Family, tmp_path: Path) ->
     assert [point.step for point in report.history] == [0, 10, 20, 30, 40]
     assert report.cpu_seconds > 0
     assert report.peak_rss_bytes > 0
-    assert len([line for line in lines if "held-out loss" in line]) == 4
+    assert len([line for line in lines if "held-out loss" in line]) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     assert main(["verify", str(tmp_path / "out")]) == 0
