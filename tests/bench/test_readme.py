@@ -9,6 +9,8 @@ import pytest
 from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.gpu.cost_model import layer_table
 from pifa_vllm.bench.layer.report import block_table, ratio_table
+from pifa_vllm.bench.quality.losses import tables
+from pifa_vllm.bench.quality.plan import read_plan
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,19 @@ ROOT = Path(__file__).parents[2]
 def test_tables_are_those_of_the_committed_results(table):
     results = json.loads((RESULTS / "quality-smollm2.json").read_text())
     assert table(results) in (ROOT / "README.md").read_text()
+
+
+def test_losses_are_those_of_the_committed_results():
+    plan = read_plan(RESULTS / "quality-raw.yaml")
+    page = (ROOT / "pifa_vllm/bench/README.md").read_text()
+    section = page.split("<!-- quality-raw -->")[1].split("<!-- /quality-raw -->")[0].strip()
+    path = RESULTS / "quality-raw.json"
+    # A page must not have figures that no results stand behind, nor leave out those that there are.
+    assert path.exists() == bool(section)
+    if path.exists():
+        results = json.loads(path.read_text())
+        assert section.startswith("\n\n".join(tables(results)))
+        assert {row["variant"] for row in results["rows"]} <= {"dense", *plan.variants}
 
 
 def test_layer_tables_are_those_of_the_committed_results():
