@@ -11,6 +11,8 @@ import pytest
 from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.gpu.cost_model import layer_table
 from pifa_vllm.bench.layer.report import block_table, ratio_table
+from pifa_vllm.bench.quality.losses import tables
+from pifa_vllm.bench.quality.plan import read_plan
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
 from pifa_vllm.bench.served.report import memory_table, ratios
 
@@ -92,6 +94,19 @@ def test_the_paper_s_own_implementation_is_compared_on_one_text():
 @pytest.mark.parametrize("table", [perplexity_table, cost_table])
 def test_tables_are_those_of_the_committed_results(table):
     assert table(read("quality-smollm2.json")) in (PACKAGE / "compression/README.md").read_text()
+
+
+def test_losses_are_those_of_the_committed_results():
+    plan = read_plan(RESULTS / "quality-raw.yaml")
+    page = (ROOT / "pifa_vllm/bench/README.md").read_text()
+    section = page.split("<!-- quality-raw -->")[1].split("<!-- /quality-raw -->")[0].strip()
+    path = RESULTS / "quality-raw.json"
+    # A page must not have figures that no results stand behind, nor leave out those that there are.
+    assert path.exists() == bool(section)
+    if path.exists():
+        results = json.loads(path.read_text())
+        assert section.startswith("\n\n".join(tables(results)))
+        assert {row["variant"] for row in results["rows"]} <= {"dense", *plan.variants}
 
 
 def test_layer_tables_are_those_of_the_committed_results():
