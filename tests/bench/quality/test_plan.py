@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.quality.plan import Plan, identity, options, read_plan
 from pifa_vllm.errors import PifaError
 
@@ -79,3 +80,8 @@ def test_no_plan(tmp_path: Path) -> None:
         read_plan(tmp_path / "nowhere.yaml")
     with pytest.raises(PifaError, match=r"plan\.yaml: "):
         plan_of(tmp_path, "- 1")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("quality-*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_plans_are_plans(path):
+    assert "mpifa-exact" in read_plan(path).variants
