@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ from pifa_vllm.healing.text import Text, batch_indices, load_text
 
 # A loss this many times the input's is no bad batch but a learning rate that the model does not bear.
 _DIVERGED = 3.0
+# Steps whose median tells a run that diverges.
+_RECENT = 5
 # Looks at the held-out text without a new best before a run ends early.
 _PATIENCE = 5
 # Seconds without a line, where looks are far apart.
@@ -139,10 +142,10 @@ class Healing:
             indices = batch_indices(step, options.batch, len(text.train), options.seed)
             losses.append(distillation.step(text.train, indices, rate(step, options.steps, options.warmup)))
             done = step + 1
-            if _risen(losses[-1], state):
-                state.stopped = (
-                    f"diverged at step {done} (training loss {losses[-1]:.3g}); try a smaller --lr"
-                )
+            # One sequence may well lose three times the mean, several in a row do not.
+            level = statistics.median(losses[-_RECENT:]) if math.isfinite(losses[-1]) else losses[-1]
+            if (len(losses) >= _RECENT or not math.isfinite(level)) and _risen(level, state):
+                state.stopped = f"diverged at step {done} (training loss {level:.3g}); try a smaller --lr"
             elif done % options.interval == 0 or done == options.steps:
                 self._look(distillation, state, text, done, losses, files)
                 losses.clear()
