@@ -63,6 +63,7 @@ class Readiness:
         self._settings = settings
         self._metrics = metrics
         self._workers = workers
+        self._ranks = _of_this_machine({worker["pid"] for worker in workers})
         self._first = True
         self._failure: str | None = "no token has been generated yet"
         self._generated = 0.0
@@ -81,6 +82,8 @@ class Readiness:
         """What keeps /health from answering 200: only a new start mends it."""
         if self._engine.errored:
             return "the engine has failed"
+        if any(map(_ended, self._ranks)):  # vLLM tells some ten seconds later
+            return "the process of a rank has ended"
         now, interval = time.monotonic(), self._settings.probe_interval
         quiet = now - self._last_token - interval
         if quiet > self._settings.token_timeout:
@@ -174,3 +177,16 @@ def _tokens_generated() -> float:
     """By this process's requests, as vLLM counts them; 0 with --disable-log-stats."""
     families = REGISTRY.restricted_registry(("vllm:generation_tokens_total",)).collect()
     return sum(s.value for family in families for s in family.samples if s.name.endswith("_total"))
+
+
+def _of_this_machine(pids: set[int]) -> list[psutil.Process]:
+    """Another machine's ranks may have any number, so they must be relatives."""
+    family = (psutil.Process().parent() or psutil.Process()).children(recursive=True)
+    return [process for process in family if process.pid in pids]
+
+
+def _ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

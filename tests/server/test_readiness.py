@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 pytest.importorskip("vllm")
@@ -14,6 +16,14 @@ pytest.importorskip("vllm")
 from pifa_vllm_server import readiness
 from pifa_vllm_server.readiness import Readiness
 from pifa_vllm_server.settings import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def ranks(monkeypatch):
+    """The processes of this machine that are ranks of the engine."""
+    found = []
+    monkeypatch.setattr(readiness, "_of_this_machine", lambda pids: found)
+    return found
 
 
 class Engine:
@@ -237,3 +247,16 @@ def test_it_does_not_wait_for_ever(engine, gauges, tokens):
     engine.shutdown(timeout=0.2)
     engine.shutdown(timeout=None)
     assert len(engine.timeouts) == 2
+
+
+def test_a_rank_whose_process_has_ended_is_told_at_once(ranks, engine, gauges):
+    process = subprocess.Popen(["sleep", "60"])
+    ranks.append(psutil.Process(process.pid))
+    ready = watched(engine, gauges)
+    assert ready.fatal is None
+    process.kill()
+    while ranks[0].status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert ready.fatal == "the process of a rank has ended"
+    process.wait()
+    assert ready.reason == "the process of a rank has ended"
