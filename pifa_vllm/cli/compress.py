@@ -106,18 +106,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Compress; 0 when the checkpoint is there."""
-    import torch
     from transformers.utils import logging
 
+    from pifa_vllm.cli.threads import use_threads
     from pifa_vllm.compression.pipeline import Compression
     from pifa_vllm.compression.progress import make_progress
-    from pifa_vllm.errors import PifaError
 
     logging.disable_progress_bar()
-    if args.threads is not None:
-        if args.threads < 1:
-            raise PifaError(f"--threads: expected 1 or more, found {args.threads}.")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     compression = Compression(options_from(args), make_progress(args.output))
     figures = compression.estimate()
     dense = sum(x.m * x.n for x in compression.linears)

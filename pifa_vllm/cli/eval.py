@@ -89,19 +89,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    import torch
-
-    from pifa_vllm.errors import EvaluationError
+    from pifa_vllm.cli.threads import use_threads
 
     method = None
     if args.record:
         from pifa_vllm.compression.report.record import read_report
 
         method = read_report(args.model).method  # before minutes go into a result that has no place to go
-    if args.threads is not None:
-        if args.threads < 1:
-            raise EvaluationError(f"--threads: expected 1 or more, found {args.threads}.")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     evaluations = _perplexities(args) if args.tasks is None else eval_tasks.run(args)
     if method is not None:
         _record(args.model, [x.model_copy(update={"model": method}) for x in evaluations])

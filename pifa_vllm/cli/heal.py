@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pifa_vllm.healing.options import HealOptions
+
 _EPILOG = """\
 A share of the text judges and is not trained on; the best state by it is published, and nothing is if the input
 was better. Killed at any moment, the same command goes on where it last looked at that text. The output directory
@@ -31,27 +33,41 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = group.add_argument
     add(
         "--calibration",
-        default="self",
+        default=HealOptions.calibration,
         metavar="SOURCE",
         help="text file, .jsonl file, dataset name (wikitext2, c4, ...), or self: the dense model's own samples "
         "(default: %(default)s)",
     )
-    add("--text-field", default="text", help="field of JSONL records and datasets (default: %(default)s)")
-    add("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
-    add("--held-out", type=float, default=0.05, help="share that judges (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the sequences' order (default: %(default)s)")
+    add(
+        "--text-field",
+        default=HealOptions.text_field,
+        help="field of JSONL records and datasets (default: %(default)s)",
+    )
+    add("--length", type=int, default=HealOptions.length, help="tokens per sequence (default: %(default)s)")
+    add(
+        "--held-out",
+        type=float,
+        default=HealOptions.held_out,
+        help="share that judges (default: %(default)s)",
+    )
+    add("--seed", type=int, default=HealOptions.seed, help="of the sequences' order (default: %(default)s)")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    add("--batch", type=int, default=2, help="sequences per step (default: %(default)s)")
-    add("--warmup", type=float, default=0.05, help="share of the steps (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.0, help="of the factors (default: %(default)s)")
+    add("--lr", type=float, default=HealOptions.lr, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--batch", type=int, default=HealOptions.batch, help="sequences per step (default: %(default)s)")
+    add("--warmup", type=float, default=HealOptions.warmup, help="share of the steps (default: %(default)s)")
+    add(
+        "--weight-decay",
+        type=float,
+        default=HealOptions.weight_decay,
+        help="of the factors (default: %(default)s)",
+    )
     add("--embeddings", action="store_true", help="train embedding and output head, too")
 
     group = parser.add_argument_group("running")
     add = group.add_argument
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add("--device", default=HealOptions.device, help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add(
         "--precision",
@@ -75,19 +91,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Heal; 0 when the checkpoint is there."""
-    import torch
     from transformers.utils import logging
 
     from pifa_vllm.cli.compress import command_line
-    from pifa_vllm.errors import PifaError
-    from pifa_vllm.healing.options import HealOptions
+    from pifa_vllm.cli.threads import use_threads
     from pifa_vllm.healing.run import Healing
 
     logging.disable_progress_bar()
-    if args.threads is not None:
-        if args.threads < 1:
-            raise PifaError(f"--threads: expected 1 or more, found {args.threads}.")
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     taken = (
         "model output teacher tokens calibration text_field length held_out seed lr batch warmup weight_decay "
         "embeddings device precision every gradient_checkpointing"

@@ -95,12 +95,7 @@ class Journal(Costs):
                 f"{path}: the journal of an earlier attempt cannot be read ({reason}). Remove {path.parent} to "
                 "start over."
             ) from error
-        if shown := differences(journal.inputs, inputs):
-            raise PifaError(
-                f"{path.parent}: an unfinished run with {len(journal.layers)} finished layers is here, but it was "
-                f"started differently ({shown}). Repeat its options to resume it, or remove the directory to "
-                "start over."
-            )
+        check_inputs(path.parent, journal.inputs, inputs, f"{len(journal.layers)} finished layers")
         return journal
 
 
@@ -123,10 +118,30 @@ def model_fingerprint(model: DenseModel | Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Say in which inputs an earlier attempt and this one differ; empty if in none."""
-    keys = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    return "; ".join(f"{key}: there {_short(there.get(key))}, now {_short(now.get(key))}" for key in keys)
+def check_inputs(directory: Path, there: dict[str, Any], now: dict[str, Any], done: str) -> None:
+    """Check that the earlier attempt in a work directory, with this much `done`, had the inputs of this one.
+
+    Raises:
+        PifaError: naming all that differ.
+    """
+    if keys := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
+        shown = "; ".join(f"{x}: there {_short(there.get(x))}, now {_short(now.get(x))}" for x in keys)
+        raise PifaError(
+            f"{directory}: an unfinished run with {done} is here, but it was started differently ({shown}). "
+            "Repeat its options to resume it, or remove the directory to start over."
+        )
+
+
+def check_output(output: Path) -> None:
+    """Check that there is room for a new directory.
+
+    Raises:
+        PifaError: if something is there.
+    """
+    if output.exists():
+        raise PifaError(
+            f"{output}: the output directory exists, expected a new one. Choose another one or remove it first."
+        )
 
 
 def lock(directory: Path) -> IO[str]:

@@ -15,12 +15,12 @@ import pifa_vllm
 from pifa_vllm.checkpoint import CheckpointWriter, load_tokenizer
 from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compression.allocation import allocate, kept_parameters
+from pifa_vllm.compression.calibration.kept import load_kept
 from pifa_vllm.compression.calibration.samples import CalibrationSet, load_samples
-from pifa_vllm.compression.calibration.token_file import write_tokens
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.estimate import Estimate, estimate
 from pifa_vllm.compression.flows import Flows, FlowShape
-from pifa_vllm.compression.journal import Clock, Journal, lock, model_fingerprint
+from pifa_vllm.compression.journal import Clock, Journal, check_output, lock, model_fingerprint
 from pifa_vllm.compression.options import CompressOptions
 from pifa_vllm.compression.progress import Progress
 from pifa_vllm.compression.publishing import publish
@@ -48,7 +48,7 @@ class Compression:
         self.options = options
         self.progress = progress
         self.staging = options.output.parent / (options.output.name + ".partial")
-        self._check_output()
+        check_output(options.output)
         _check_device(options.device)
         self.model = DenseModel(options.model)
         if options.length > self.model.max_length:
@@ -86,7 +86,7 @@ class Compression:
         except OSError as error:
             raise write_error(self.staging, error) from error
         with lock(self.staging):
-            self._check_output()
+            check_output(self.options.output)
             self._check_disk()
             self.model.check_finite()
             calibration = self._calibration()
@@ -99,13 +99,6 @@ class Compression:
             shutil.rmtree(self.staging, ignore_errors=True)
         self.progress.summary(report)
         return report
-
-    def _check_output(self) -> None:
-        if self.options.output.exists():
-            raise PifaError(
-                f"{self.options.output}: the output directory exists, expected a new one. Choose another one or "
-                "remove it first."
-            )
 
     def _check_disk(self) -> None:
         parent = self.options.output.parent
@@ -121,28 +114,20 @@ class Compression:
     def _calibration(self) -> CalibrationSet:
         """Draw the calibration tokens; the model's own samples are kept, since drawing them again is slow."""
         options = self.options
-        # Everything that the samples depend on is in the name: another model's, left by a run that was killed
-        # before its first layer, are not taken for this one's.
-        key = f"{options.seed}-{options.samples}x{options.length}-{model_fingerprint(self.model)[:16]}"
-        kept = self.staging / f"self-samples-{key}.safetensors"
-        drawn = options.calibration == "self" and kept.is_file()
-        calibration = load_samples(
-            str(kept) if drawn else options.calibration,
-            load_tokenizer(options.model),
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            model_dir=options.model,
-            field=options.text_field,
-            device=options.device,
-            on_progress=self.progress.sampling,
-        )
-        if drawn:
-            # A file of this run's own, which is gone when somebody reads the record.
-            calibration.record.pop("tokens_file", None)
-        elif options.calibration == "self":
-            write_tokens(kept, calibration.tokens, calibration.record)
-        return calibration
+        drawn = {"samples": options.samples, "length": options.length, "seed": options.seed}
+
+        def load(spec: str) -> CalibrationSet:
+            return load_samples(
+                spec,
+                load_tokenizer(options.model),
+                **drawn,
+                model_dir=options.model,
+                field=options.text_field,
+                device=options.device,
+                on_progress=self.progress.sampling,
+            )
+
+        return load_kept(options.calibration, load, staging=self.staging, model=self.model, **drawn)
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         """Everything that the result depends on."""

@@ -14,7 +14,7 @@ import pifa_vllm
 from pifa_vllm.checkpoint import Checkpoint
 from pifa_vllm.checkpoint.atomic import write_error
 from pifa_vllm.compression.decoder import DenseModel
-from pifa_vllm.compression.journal import Clock, lock, model_fingerprint
+from pifa_vllm.compression.journal import Clock, check_output, lock, model_fingerprint
 from pifa_vllm.compression.report.figures import duration
 from pifa_vllm.compression.report.schema import HealingPoint, HealingReport
 from pifa_vllm.errors import PifaError
@@ -55,7 +55,7 @@ class Healing:
         self.options = options
         self.say = say
         self.staging = options.output.parent / (options.output.name + ".partial")
-        self._check_output()
+        check_output(options.output)
         self.checkpoint = Checkpoint.open(options.model)
         self.teacher = DenseModel(options.teacher)
         if options.length > self.teacher.max_length:
@@ -81,8 +81,8 @@ class Healing:
         except OSError as error:
             raise write_error(self.staging, error) from error
         with lock(self.staging):
-            self._check_output()
-            text = load_text(self.options, self.staging, self._sampling)
+            check_output(self.options.output)
+            text = load_text(self.options, self.teacher, self.staging, self._sampling)
             distillation, files = Distillation(self.options), StateFiles(self.staging)
             inputs = self._inputs(text)
             state = files.load(inputs, distillation.parameters, distillation.optimizer)
@@ -101,13 +101,6 @@ class Healing:
             f"{report.tokens_seen:,} tokens seen in {duration(report.seconds)}: {self.options.output}"
         )
         return report
-
-    def _check_output(self) -> None:
-        if self.options.output.exists():
-            raise PifaError(
-                f"{self.options.output}: the output directory exists, expected a new one. Choose another one or "
-                "remove it first."
-            )
 
     def _sampling(self, done: int, total: int) -> None:
         if done >= total:

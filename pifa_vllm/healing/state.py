@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pifa_vllm.checkpoint.atomic import replace_file
-from pifa_vllm.compression.journal import Costs, differences
+from pifa_vllm.compression.journal import Costs, check_inputs
 from pifa_vllm.compression.report.schema import HealingPoint
 from pifa_vllm.errors import PifaError
 
@@ -94,11 +94,7 @@ class StateFiles:
                 f"{self._state}: the state of an earlier attempt cannot be read ({reason}). Remove {directory} to "
                 "start over."
             ) from error
-        if shown := differences(state.inputs, inputs):
-            raise PifaError(
-                f"{directory}: an unfinished run with {state.step} finished steps is here, but it was started "
-                f"differently ({shown}). Repeat its options to resume it, or remove the directory to start over."
-            )
+        check_inputs(directory, state.inputs, inputs, f"{state.step} finished steps")
         for name, parameter in parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"parameter.{name}"])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint import load_tokenizer
-from pifa_vllm.compression.calibration.samples import load_sequences
-from pifa_vllm.compression.calibration.token_file import write_tokens
+from pifa_vllm.compression.calibration.kept import load_kept
+from pifa_vllm.compression.calibration.samples import CalibrationSet, load_sequences
+from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.errors import CalibrationError
 from pifa_vllm.healing.options import HealOptions
 
@@ -35,40 +36,47 @@ class Text:
     record: dict[str, Any]
 
 
-def load_text(options: HealOptions, staging: Path, on_progress: Callable[[int, int], None]) -> Text:
+def load_text(
+    options: HealOptions, teacher: DenseModel, staging: Path, on_progress: Callable[[int, int], None]
+) -> Text:
     """Read the text and divide it.
 
     Args:
         options: of the run.
-        staging: where the model's own samples are kept, since drawing them again is slow.
+        teacher: the dense model, which samples where it is asked to.
+        staging: where its samples are kept.
         on_progress: called with tokens done and tokens in all while the model samples.
 
     Raises:
         CalibrationError: if the source cannot be used, or is too short for one step and something to judge by.
     """
     wanted = -(-options.tokens // options.length)
-    kept = staging / "self-samples.safetensors"
-    own = options.calibration == "self"
-    if own:
+    if options.calibration == "self":
         wanted = max(-(-wanted // _PASSES_OF_SELF), options.batch)
     wanted += max(2, round(wanted * options.held_out))
-    drawn = own and kept.is_file()
-    text = load_sequences(
-        str(kept) if drawn else options.calibration,
-        load_tokenizer(options.teacher),
-        most=wanted,
+
+    def load(spec: str) -> CalibrationSet:
+        return load_sequences(
+            spec,
+            load_tokenizer(options.teacher),
+            most=wanted,
+            length=options.length,
+            seed=options.seed,
+            model_dir=options.teacher,
+            field=options.text_field,
+            device=options.device,
+            on_progress=on_progress,
+        )
+
+    text = load_kept(
+        options.calibration,
+        load,
+        staging=staging,
+        model=teacher,
+        samples=wanted,
         length=options.length,
         seed=options.seed,
-        model_dir=options.teacher,
-        field=options.text_field,
-        device=options.device,
-        on_progress=on_progress,
     )
-    if own and not drawn:
-        write_tokens(kept, text.tokens, text.record)
-    if drawn:
-        # A file of this run's own, which is gone when somebody reads the record.
-        text.record.pop("tokens_file", None)
     count = len(text.tokens)
     judges = max(2, round(count * options.held_out))
     if count - judges < options.batch:

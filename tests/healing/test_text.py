@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from pifa_vllm.checkpoint import load_tokenizer
+from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.healing.text import batch_indices, load_text
 from tests.healing.tiny_heal import Family, tiny_heal
 
 
 def test_the_text_is_divided_and_its_end_judges(family: Family, tmp_path: Path) -> None:
-    text = load_text(tiny_heal(family, tmp_path / "out", held_out=0.25), tmp_path, lambda *_: None)
+    text = load_text(
+        tiny_heal(family, tmp_path / "out", held_out=0.25),
+        DenseModel(family.dense),
+        tmp_path,
+        lambda *_: None,
+    )
     stream = load_tokenizer(family.dense)(family.text.read_text(), add_special_tokens=False)["input_ids"]
     found = [*text.train.flatten().tolist(), *text.held_out.flatten().tolist()]
     assert found == stream[: len(found)]
@@ -21,7 +27,7 @@ def test_the_text_is_divided_and_its_end_judges(family: Family, tmp_path: Path) 
 
 def test_no_more_is_read_than_is_seen(family: Family, tmp_path: Path) -> None:
     options = tiny_heal(family, tmp_path / "out", tokens=10 * 48, held_out=0.2)
-    text = load_text(options, tmp_path, lambda *_: None)
+    text = load_text(options, DenseModel(family.dense), tmp_path, lambda *_: None)
     assert (len(text.train), len(text.held_out)) == (10, 2)
 
 
