@@ -37,7 +37,8 @@ def pifa_rank(m: int, n: int, density: float) -> int:
         ValueError: if `density` is not in [0, 1].
     """
     _check_density(density)
-    budget = density * m * n
+    # A density that was itself such a count over m · n means that count, however it was rounded.
+    budget = density * m * n + 1e-6
     total = m + n
     rank = int((total - math.sqrt(max(total * total - 4.0 * budget, 0.0))) / 2.0)
     rank = min(rank, m, n)
@@ -52,7 +53,7 @@ def pifa_rank(m: int, n: int, density: float) -> int:
 def lowrank_rank(m: int, n: int, density: float) -> int:
     """Return the largest rank whose two plain factors keep at most `density` · m · n numbers."""
     _check_density(density)
-    return min(int(density * m * n / (m + n)), m, n)
+    return min(int((density * m * n + 1e-6) / (m + n)), m, n)
 
 
 @dataclass(frozen=True)

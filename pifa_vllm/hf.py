@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -76,12 +77,24 @@ class PIFALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m], in the dtype of the factors, or of torch.autocast where that is on."""
+        if self.training and torch.is_grad_enabled() and self.pivot_weight.requires_grad:
+            return linear(x, self._assembled(), self.bias)
         ranks, out_features = [self.rank], [self.out_features]
         coefficients = self.coefficients.flatten()
         # Autocast casts for torch's own ops only; the kernels take one dtype.
         autocast = torch.is_autocast_enabled(x.device.type)
-        linear = pifa_linear_reference if autocast else pifa_linear
-        return linear(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
+        layer = pifa_linear_reference if autocast else pifa_linear
+        return layer(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
+
+    def _assembled(self) -> Tensor:
+        """W [m, n], differentiable, in the dtype of the factors.
+
+        Where factors are trained, on many tokens at a time, making W and one product with it are faster than two
+        products with activations between them, which are put in order forth and back.
+        """
+        with torch.autocast(self.pivot_weight.device.type, enabled=False):
+            rows = torch.cat([self.pivot_weight, self.coefficients @ self.pivot_weight])  # [m, n], stacked
+        return torch.zeros_like(rows).index_copy(0, self.out_rows.long(), rows)
 
     def dense(self) -> nn.Linear:
         """Rebuild the ordinary layer, multiplied in float64 and rounded to the dtype of the factors."""

@@ -49,6 +49,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "evaluation (default: %(default)s)",
     )
     add(
+        "--metric",
+        choices=("inputs", "outputs"),
+        help="measure a module's error on its calibration inputs, or also by what the loss makes of it "
+        "(default: outputs for mpifa-exact, inputs for the others)",
+    )
+    add(
         "--mix",
         type=float,
         help="λ, the dense flow's share in M's target (default: 0.25 for mpifa, 1 for mpifa-exact)",
@@ -71,7 +77,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--density", type=float, help="kept / dense parameters of the linear modules, in (0, 1]")
     add("--attention-density", type=float, metavar="DENSITY", help="density of attention modules")
     add("--mlp-density", type=float, metavar="DENSITY", help="density of MLP modules")
-    add("--recipe", type=Path, help="YAML file with densities per module and layer")
+    add(
+        "--allocation",
+        choices=("uniform", "sensitivity"),
+        help="give every module the density, or divide it by what each rank is worth to the dense model's loss "
+        "(default: sensitivity for mpifa-exact with --density alone, else uniform)",
+    )
+    add(
+        "--recipe",
+        type=Path,
+        help="YAML file with densities per module and layer, such as a checkpoint's recipe.yaml",
+    )
     add("--tile", type=int, default=16, help="ranks are multiples of this (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="storage dtype (default: the model's)")
 
@@ -88,6 +104,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--samples", type=int, default=128, help="sequences (default: %(default)s)")
     add("--length", type=int, default=2048, help="tokens per sequence (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+
+    add(
+        "--gradient-samples",
+        type=int,
+        metavar="N",
+        help="of the sequences, how many the loss's gradients are taken on (default: half of them)",
+    )
 
     group = parser.add_argument_group("running")
     add = group.add_argument
@@ -116,18 +139,14 @@ def run(args: argparse.Namespace) -> int:
     use_threads(args.threads)
     compression = Compression(options_from(args), make_progress(args.output))
     figures = compression.estimate()
-    dense = sum(x.m * x.n for x in compression.linears)
     print(figures.text(), file=sys.stderr)
-    print(
-        f"ranks: {len(compression.ranks)} of {len(compression.linears)} modules compressed, "
-        f"{compression.kept:,} of {dense:,} parameters kept (density {compression.kept / dense:.4f})",
-        file=sys.stderr,
-    )
+    print(compression.describe_ranks(), file=sys.stderr)
     if args.dry_run:
         plan = {
             "estimate": figures.to_json(),
-            "density": compression.kept / dense,
-            "ranks": compression.ranks,
+            "density": compression.kept / sum(x.m * x.n for x in compression.linears),
+            # Where the dense model's gradients choose them, they are not known yet.
+            "ranks": None if compression.options.effective_allocation == "sensitivity" else compression.ranks,
         }
         print(json.dumps(plan, indent=1))
         return 0
@@ -160,7 +179,7 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
         )
     taken = (
         "model output method representation mix feedback ridge tile dtype calibration text_field samples "
-        "length seed device activation_dtype chunk_tokens"
+        "length seed device activation_dtype chunk_tokens allocation metric gradient_samples"
     )
     return CompressOptions(density=density, **{name: getattr(args, name) for name in taken.split()})
 

@@ -18,6 +18,9 @@ from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_param
 
 Density = Callable[[LinearShape], float]
 
+# Of the ranks that a checkpoint has, beside it.
+RECIPE_NAME = "recipe.yaml"
+
 # Kept numbers of an [m, n] module of rank r.
 PARAMETERS = {"pifa": pifa_parameters, "lowrank": lowrank_parameters}
 _RANK = {"pifa": pifa_rank, "lowrank": lowrank_rank}
@@ -56,12 +59,14 @@ class Recipe(BaseModel):
 
     Attributes:
         density: for modules that no rule matches.
+        dense_parameters: of all linear modules of the model that the recipe is for; None fits any model.
         rules: in order of precedence.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     density: float = Field(gt=0.0, le=1.0)
+    dense_parameters: int | None = None
     rules: list[Rule] = []
 
     def __call__(self, linear: LinearShape) -> float:
@@ -69,7 +74,9 @@ class Recipe(BaseModel):
         return next((rule.density for rule in self.rules if rule.covers(linear)), self.density)
 
     def check(self, linears: Sequence[LinearShape]) -> None:
-        """Check that every rule is about some module: a misspelt one must not be passed over in silence.
+        """Check that the model is the recipe's, and that every rule is about some module.
+
+        A misspelt rule must not be passed over in silence.
 
         Args:
             linears: every compressible module of the model.
@@ -77,6 +84,12 @@ class Recipe(BaseModel):
         Raises:
             PifaError: naming the rule.
         """
+        dense = sum(x.m * x.n for x in linears)
+        if self.dense_parameters not in (None, dense):
+            raise PifaError(
+                f"recipe: it is for a model with {self.dense_parameters:,} parameters in its linear modules "
+                f"(dense_parameters), expected {dense:,}, which this model has."
+            )
         for index, rule in enumerate(self.rules):
             if not any(rule.covers(linear) for linear in linears):
                 layers = "all layers" if rule.layers is None else f"layers {rule.layers}"
@@ -119,6 +132,11 @@ def load_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "recipe"
         raise PifaError(f"{path}: {where}: {first['msg']}, found {first['input']!r}.") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, width=120)
 
 
 def allocate(

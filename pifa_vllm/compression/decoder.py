@@ -14,6 +14,7 @@ is left returns exactly the inputs of that projection, whatever the model does w
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,37 @@ class DenseModel:
         Raises:
             CheckpointError: if a tensor cannot be read or is not finite.
         """
+        state = self._layer_state(index, device)
+        return self._staged(index, state, device), self._staged(index, state, device)
+
+    def staged_layer(self, index: int, device: torch.device) -> StagedLayer:
+        """Load one decoder layer in float32.
+
+        Raises:
+            CheckpointError: if a tensor cannot be read or is not finite.
+        """
+        return self._staged(index, self._layer_state(index, device), device)
+
+    def head(self, device: torch.device) -> tuple[nn.Module, Tensor]:
+        """Load what follows the last layer, in float32: the norm, and the output matrix [vocabulary, hidden].
+
+        Raises:
+            CheckpointError: if a tensor cannot be read.
+        """
+        norm = copy.deepcopy(self._skeleton.model.norm)
+        norm.load_state_dict({"weight": self.load_as("model.norm.weight", torch.float32)}, assign=True)
+        tied = "lm_head.weight" not in self.shards
+        matrix = self.load_as("model.embed_tokens.weight" if tied else "lm_head.weight", torch.float32)
+        return norm.to(device).requires_grad_(False), matrix.to(device)
+
+    def _layer_state(self, index: int, device: torch.device) -> dict[str, Tensor]:
         prefix = f"model.layers.{index}."
         state = {}
         for name in self._skeleton.model.layers[index].state_dict():
             tensor = self.shards.load(prefix + name)
             check_finite(tensor, f"{self.shards.entry(prefix + name).file}: tensor {prefix}{name}")
             state[name] = tensor.to(device, torch.float32)
-        return self._staged(index, state, device), self._staged(index, state, device)
+        return state
 
     def load_as(self, name: str, dtype: torch.dtype) -> Tensor:
         """Load a tensor that is not compressed, rounded to a storage dtype.

@@ -16,6 +16,8 @@ from pifa_vllm.compression.options import CompressOptions
 _BASE_BYTES = 550 << 20
 # Float64 matrices of the widest inputs alive at once in a solve: G, H, the regularised G, its root, temporaries.
 _SOLVE_MATRICES = 6
+# Of a file with a layer's metrics.
+_HEADER_BYTES = 4096
 # Dense float64 decompositions run at a fraction of the speed of a large float32 product.
 _SOLVE_SLOWDOWN = 6.0
 
@@ -84,11 +86,24 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
         + 10 * chunk * widest * 4
         + max((model.shards.entry(name).nbytes for name in model.untouched_tensors()), default=0)
     )
+    seconds = model.layers * _layer_flops(first, options, tokens) / _float32_speed(options.device)
+    disk = mapped + output
+    if options.uses_gradients:
+        # Every layer's states, and what they say of its modules; then the flows, beside the latter.
+        metrics = sum(4 * x.m**2 + 8 * (min(x.m, x.n) + 1) for x in linears) + model.layers * _HEADER_BYTES
+        asked = options.effective_gradient_samples * options.length
+        disk = metrics + max(disk, (model.layers + 3) * asked * hidden * itemsize)
+        # One sequence's activations for the backward pass, the moments, and the head.
+        kept = 14 * hidden + 6 * max(x.m for x in first)
+        moments = sum(4 * x.m**2 for x in first) + 4 * (3 * hidden**2 + widest**2)
+        head = 4 * int(model.config.vocab_size) * hidden
+        memory = max(
+            memory, _BASE_BYTES + moments + max(4 * (layer_parameters + options.length * kept), head)
+        )
     if options.calibration == "self":
         # The whole model samples before the first layer is read.
         memory = max(memory, _BASE_BYTES + sum(entry.nbytes for entry in model.shards.entries.values()))
-    seconds = model.layers * _layer_flops(first, options, tokens) / _float32_speed(options.device)
-    return Estimate(memory, mapped, mapped + output, seconds, tokens)
+    return Estimate(memory, mapped, disk, seconds, tokens)
 
 
 def _layer_flops(linears: list[LinearShape], options: CompressOptions, tokens: int) -> float:
@@ -98,6 +113,11 @@ def _layer_flops(linears: list[LinearShape], options: CompressOptions, tokens: i
     by_module = {x.module: x for x in linears}
     widths = [by_module[modules[0]].n for modules in GROUPS.values()]
     moments = sum(2.0 * 1.7 * tokens * n * n for n in widths)
+    if options.uses_gradients:
+        asked = options.effective_gradient_samples * options.length
+        # Forward, and forward and backward once more, without gradients of the weights.
+        forward += 3.0 * 2.0 * asked * sum(x.m * x.n for x in linears)
+        moments += sum(1.3 * asked * x.m**2 for x in linears) + sum(1.3 * asked * n**2 for n in widths)
     # Cholesky, triangular solves, one eigendecomposition on the smaller side, pivots.
     solves = sum(4.0 * x.n**3 + 12.0 * min(x.m, x.n) ** 3 + 4.0 * x.m * x.n * min(x.m, x.n) for x in linears)
     return forward + attention + moments + _SOLVE_SLOWDOWN * solves

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_vllm.compression.allocation import Recipe
-from pifa_vllm.compression.report.schema import Method, Representation
+from pifa_vllm.compression.report.schema import Allocation, Method, Metric, Representation
 from pifa_vllm.errors import PifaError
 
 # Measured on SmolLM2-135M over densities 0.5 to 0.8, see the README's table of results.
@@ -27,12 +27,18 @@ class CompressOptions:
         method: "svd", "svd-llm", "mpifa" or "mpifa-exact".
         representation: "pifa" stores PIFA; "lowrank" budgets by plain low rank's parameter count and stores the
             reconstructed dense weights, for evaluation.
-        density: density of every module.
+        density: density of every module, or of the model as a whole where ranks are allocated.
         calibration: text file, JSONL file, dataset name, or "self".
         text_field: field of a JSONL file or dataset that holds the text.
         samples: calibration sequences.
         length: tokens per sequence.
         seed: of the sampling.
+        allocation: "uniform" gives every module its density, "sensitivity" divides the model's density among the
+            modules by what each rank is worth to the loss; None takes the method's default, "uniform" where the
+            recipe has rules.
+        metric: of the modules' errors: "inputs" of what they are on the calibration inputs, "outputs" of what the
+            loss makes of that, too; None takes the method's default.
+        gradient_samples: of the samples, how many the gradients for either are of; None takes half of them.
         mix: λ, the share of the dense flow in M's target; None takes the method's default.
         feedback: μ, the share of the residual stream's error that mpifa-exact asks o and down to undo.
         ridge: relative ridge of the method's solves; None takes the method's default.
@@ -53,6 +59,9 @@ class CompressOptions:
     samples: int = 128
     length: int = 2048
     seed: int = 0
+    allocation: Allocation | None = None
+    metric: Metric | None = None
+    gradient_samples: int | None = None
     mix: float | None = None
     feedback: float = 1.0
     ridge: float | None = None
@@ -71,6 +80,19 @@ class CompressOptions:
         for name, share in (("mix", self.effective_mix), ("feedback", self.feedback)):
             if not 0.0 <= share <= 1.0:
                 raise PifaError(f"--{name}: expected a number in [0, 1], found {share}.")
+        if self.effective_allocation == "sensitivity" and self.density.rules:
+            raise PifaError(
+                "--allocation sensitivity: chooses the modules' densities itself, expected --density alone, found "
+                f"{len(self.density.rules)} rules beside it."
+            )
+        if self.effective_metric == "outputs" and self.method not in ("svd-llm", "mpifa-exact"):
+            raise PifaError(
+                f"--metric outputs: --method {self.method} has no metric, expected svd-llm or mpifa-exact."
+            )
+        if self.gradient_samples is not None and not 1 <= self.gradient_samples <= self.samples:
+            raise PifaError(
+                f"--gradient-samples: expected 1 to {self.samples} (--samples), found {self.gradient_samples}."
+            )
         if not 0.0 <= self.effective_ridge < 1e6:
             raise PifaError(f"--ridge: expected a number of 0 or more, found {self.ridge}.")
         if self.samples < self.folds:
@@ -88,6 +110,28 @@ class CompressOptions:
     def effective_mix(self) -> float:
         """The mix that is used: the given one or the method's default."""
         return DEFAULT_MIX[self.method] if self.mix is None else self.mix
+
+    @property
+    def effective_allocation(self) -> Allocation:
+        """The allocation that is used: the given one, or the method's default."""
+        if self.allocation is not None:
+            return self.allocation
+        return "sensitivity" if self.method == "mpifa-exact" and not self.density.rules else "uniform"
+
+    @property
+    def effective_metric(self) -> Metric:
+        """The metric that is used: the given one, or the method's default."""
+        return self.metric or ("outputs" if self.method == "mpifa-exact" else "inputs")
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the dense model's gradients are needed."""
+        return self.effective_allocation == "sensitivity" or self.effective_metric == "outputs"
+
+    @property
+    def effective_gradient_samples(self) -> int:
+        """Of how many samples they are: the given number, or half of them."""
+        return self.gradient_samples or -(-self.samples // 2)
 
     @property
     def folds(self) -> int:
@@ -115,6 +159,9 @@ class CompressOptions:
             "samples": self.samples,
             "length": self.length,
             "seed": self.seed,
+            "allocation": self.effective_allocation,
+            "metric": self.effective_metric,
+            "gradient_samples": self.effective_gradient_samples if self.uses_gradients else 0,
             "mix": self.effective_mix,
             "feedback": self.feedback,
             "ridge": self.effective_ridge,

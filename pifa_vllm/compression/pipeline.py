@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import time
 from pathlib import Path
@@ -21,11 +22,13 @@ from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.estimate import Estimate, estimate
 from pifa_vllm.compression.flows import Flows, FlowShape
 from pifa_vllm.compression.journal import Clock, Journal, check_output, lock, model_fingerprint
+from pifa_vllm.compression.knapsack import allocate_by_loss, recipe_of
 from pifa_vllm.compression.options import CompressOptions
 from pifa_vllm.compression.progress import Progress
 from pifa_vllm.compression.publishing import publish
 from pifa_vllm.compression.reconstruction import LayerActivations, reconstruct_layer
 from pifa_vllm.compression.report.schema import CompressionReport, LayerReport
+from pifa_vllm.compression.sensitivity import Sensitivity
 from pifa_vllm.compression.solver import LayerSolver
 from pifa_vllm.errors import PifaError
 
@@ -59,12 +62,25 @@ class Compression:
         self.dtype: torch.dtype = getattr(torch, options.dtype) if options.dtype else self.model.dtype
         self.linears = self.model.linears()
         options.density.check(self.linears)
+        # Where the gradients decide, it is these that the estimate goes by, and the first to be refused.
         self.ranks = allocate(self.linears, options.density, options.representation, options.tile)
+        self._expected: dict[str, float] = {}
 
     @property
     def kept(self) -> int:
         """Parameters that the compressible modules keep by the allocated ranks."""
         return kept_parameters(self.linears, self.ranks, self.options.representation)
+
+    def describe_ranks(self) -> str:
+        """One line for people, before the run or after its allocation."""
+        dense = sum(x.m * x.n for x in self.linears)
+        share = f"{self.kept:,} of {dense:,} parameters kept (density {self.kept / dense:.4f})"
+        if self.options.effective_allocation == "sensitivity" and not self._expected:
+            return f"ranks: chosen by the dense model's gradients, about {share}"
+        line = f"ranks: {len(self.ranks)} of {len(self.linears)} modules compressed, {share}"
+        if self._expected:
+            line += f", {math.fsum(self._expected.values()):.3f} nats per token lost as the gradients see it"
+        return line
 
     def estimate(self) -> Estimate:
         """Estimate memory, disk and time without starting."""
@@ -90,11 +106,15 @@ class Compression:
             self._check_disk()
             self.model.check_finite()
             calibration = self._calibration()
-            journal = self._compress_layers(calibration, clock)
+            journal = self._journal(self._inputs(calibration.tokens))
+            sensitivity = self._sensitivity(calibration.tokens, self._sensitivity_path(journal))
+            clock.record(journal)
+            self._compress_layers(calibration.tokens, sensitivity, journal, clock)
             clock.record(journal)
             writer = CheckpointWriter(self.options.output, self.staging / "checkpoint")
+            recipe = recipe_of(self.linears, self.ranks, self.options.representation)
             report = publish(
-                writer, self.model, self.options, self.dtype, journal, calibration.record, command
+                writer, self.model, self.options, self.dtype, journal, calibration.record, command, recipe
             )
             shutil.rmtree(self.staging, ignore_errors=True)
         self.progress.summary(report)
@@ -138,15 +158,16 @@ class Compression:
             **self.options.record(),
         }
 
-    def _journal(self, path: Path, inputs: dict[str, Any]) -> Journal:
+    def _journal(self, inputs: dict[str, Any]) -> Journal:
         """Take up the journal of an earlier attempt if everything that it speaks of is there."""
+        path, checkpoint = self._journal_path, self.staging / "checkpoint"
         journal = Journal.load(path, inputs)
         if journal is None:
             return Journal(inputs=inputs)
-        checkpoint = self.staging / "checkpoint"
         if journal.layers and not checkpoint.exists():
             # Left by a run that published its output and was killed while it tidied up.
             path.unlink()
+            shutil.rmtree(self._sensitivity_path(journal), ignore_errors=True)
             return Journal(inputs=inputs)
         for layer in journal.layers:
             shard = checkpoint / shard_name(layer.layer)
@@ -156,12 +177,45 @@ class Compression:
                 )
         return journal
 
-    def _compress_layers(self, calibration: CalibrationSet, clock: Clock) -> Journal:
+    @property
+    def _journal_path(self) -> Path:
+        return self.staging / "journal.json"
+
+    def _sensitivity_path(self, journal: Journal) -> Path:
+        # Everything that it depends on is in the name: what was made of other inputs is not taken for this run's.
+        return self.staging / f"sensitivity-{journal.fingerprint[:16]}"
+
+    def _sensitivity(self, tokens: Tensor, directory: Path) -> Sensitivity | None:
+        """Ask the dense model's gradients, where the options want them, and allocate by them."""
+        options = self.options
+        if not options.uses_gradients:
+            return None
+        for other in set(self.staging.glob("sensitivity-*")) - {directory}:
+            shutil.rmtree(other, ignore_errors=True)
+        sensitivity = Sensitivity(
+            self.model,
+            directory,
+            tokens[: options.effective_gradient_samples],
+            dtype=getattr(torch, options.activation_dtype),
+            ridge=options.effective_ridge,
+            seed=options.seed,
+            device=torch.device(options.device),
+        )
+        sensitivity.measure(self.progress.sensitivity)
+        losses = sensitivity.losses()
+        if options.effective_allocation == "sensitivity":
+            density = options.density.density
+            self.ranks = allocate_by_loss(self.linears, losses, density, options.representation, options.tile)
+        # The end of a curve for those that stay dense.
+        self._expected = {name: float(x[self.ranks.get(name, -1)]) for name, x in losses.items()}
+        self.progress.message(self.describe_ranks())
+        return sensitivity
+
+    def _compress_layers(
+        self, calibration: Tensor, sensitivity: Sensitivity | None, journal: Journal, clock: Clock
+    ) -> None:
         options, model = self.options, self.model
-        path = self.staging / "journal.json"
-        inputs = self._inputs(calibration.tokens)
-        journal = self._journal(path, inputs)
-        samples, length = calibration.tokens.shape
+        samples, length = calibration.shape
         shape = FlowShape(samples, length, model.hidden_size, getattr(torch, options.activation_dtype))
         flows = Flows(self.staging / "flows", shape)
         writer = CheckpointWriter(options.output, self.staging / "checkpoint")
@@ -176,13 +230,13 @@ class Compression:
             self.progress.message(f"resuming in {self.staging} at layer {first} of {model.layers}")
         else:
             dense, compressed = flows.entering(0)
-            for sample, tokens in enumerate(calibration.tokens):
+            for sample, tokens in enumerate(calibration):
                 dense[sample] = compressed[sample] = model.embed(tokens)
 
         for layer in range(first, model.layers):
             self.progress.layer_started(layer, model.layers)
             started = time.perf_counter()
-            solver, flow_error = self._compress_layer(layer, flows)
+            solver, flow_error = self._compress_layer(layer, flows, sensitivity)
             # The order is what makes a kill at any line harmless: the shard and the states are on the disk before
             # the journal says that this layer is finished, and nothing it resumes from is deleted before that.
             writer.write_shard(shard_name(layer), solver.tensors)
@@ -191,16 +245,29 @@ class Compression:
             journal.modules += solver.reports
             journal.layers.append(done)
             clock.record(journal)
-            journal.save(path)
+            journal.save(self._journal_path)
             flows.discard(layer)
             self.progress.layer_done(done)
-        return journal
 
-    def _compress_layer(self, layer: int, flows: Flows) -> tuple[LayerSolver, float]:
+    def _compress_layer(
+        self, layer: int, flows: Flows, sensitivity: Sensitivity | None
+    ) -> tuple[LayerSolver, float]:
         options, model = self.options, self.model
         device = torch.device(options.device)
         dense, compressed = model.layer_twice(layer, device)
-        solver = LayerSolver(options, layer, dense, self.ranks, self.dtype, self.progress.module_done)
+        outputs = None
+        if sensitivity is not None and options.effective_metric == "outputs":
+            outputs = sensitivity.outputs(layer)
+        solver = LayerSolver(
+            options,
+            layer,
+            dense,
+            self.ranks,
+            outputs,
+            self.dtype,
+            self._expected,
+            self.progress.module_done,
+        )
         for name in model.norm_tensors(layer):
             solver.tensors[name] = model.load_as(name, self.dtype)
         dense_in, compressed_in = flows.entering(layer)

@@ -32,6 +32,9 @@ class Progress(Protocol):
     def sampling(self, done: int, total: int) -> None:
         """Tell of `done` of `total` tokens of the model's own calibration text."""
 
+    def sensitivity(self, done: int, total: int) -> None:
+        """Tell of `done` of `total` layers that the dense model's gradients have passed."""
+
     def layer_started(self, layer: int, total: int) -> None:
         """Tell that decoder layer `layer` (from 0) of `total` is next."""
 
@@ -65,7 +68,7 @@ class LogProgress:
     def __init__(self, console: Console, output: Path | None = None) -> None:
         self._console = console
         self._output = output
-        self._sampled = 0
+        self._tenth: dict[int, int] = {}
         self._total = 0
         self._first = 0
         self._started = 0.0
@@ -73,10 +76,11 @@ class LogProgress:
 
     def sampling(self, done: int, total: int) -> None:
         """Print a line at every tenth."""
-        tenth = 10 * done // total
-        if tenth > self._sampled:
-            self._sampled = tenth
-            self.message(f"calibration: sampled {done:,} of {total:,} tokens from the model")
+        self._tenths(done, total, f"calibration: sampled {done:,} of {total:,} tokens from the model")
+
+    def sensitivity(self, done: int, total: int) -> None:
+        """Print a line at every tenth."""
+        self._tenths(done, total, f"gradients: {done} of {total} layers, forward and backward")
 
     def layer_started(self, layer: int, total: int) -> None:
         """Start the clock at the first layer of this run, which a resumed run does not begin at 0."""
@@ -104,6 +108,12 @@ class LogProgress:
     def message(self, text: str) -> None:
         """Print one line, never wrapped."""
         self._console.print(escape(text), soft_wrap=True)
+
+    def _tenths(self, done: int, total: int, line: str) -> None:
+        tenth = 10 * done // total
+        if tenth > self._tenth.get(total, 0):
+            self._tenth[total] = tenth
+            self.message(line)
 
     def summary(self, report: CompressionReport) -> None:
         """Print the final table."""
@@ -135,11 +145,11 @@ class TerminalProgress:
 
     def sampling(self, done: int, total: int) -> None:
         """Move the sampling bar, and take it away when it is full."""
-        self._move("calibration tokens", done, total)
-        if done >= total:
-            self._bars.remove_task(self._tasks.pop("calibration tokens"))
-            # The layers start the display again; whoever only samples is left with a quiet terminal.
-            self._bars.stop()
+        self._pass("calibration tokens", done, total)
+
+    def sensitivity(self, done: int, total: int) -> None:
+        """Move the gradients' bar, and take it away when it is full."""
+        self._pass("gradients through layers", done, total)
 
     def layer_started(self, layer: int, total: int) -> None:
         """Move the layer bar to here and empty the module bar."""
@@ -167,6 +177,13 @@ class TerminalProgress:
         """Take the bars away and print the final table."""
         self._bars.stop()
         _print_summary(report, self._console, self._output)
+
+    def _pass(self, name: str, done: int, total: int) -> None:
+        self._move(name, done, total)
+        if done >= total:
+            self._bars.remove_task(self._tasks.pop(name))
+            # The layers start the display again; whoever only samples is left with a quiet terminal.
+            self._bars.stop()
 
     def _move(self, name: str, done: int, total: int) -> None:
         self._bars.start()

@@ -12,7 +12,7 @@ import torch
 
 import pifa_vllm
 from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
-from pifa_vllm.compression.allocation import kept_parameters
+from pifa_vllm.compression.allocation import RECIPE_NAME, Recipe, dump_recipe, kept_parameters
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.journal import Journal
 from pifa_vllm.compression.options import CompressOptions
@@ -31,6 +31,7 @@ def publish(
     journal: Journal,
     calibration: dict[str, Any],
     command: str,
+    recipe: Recipe,
 ) -> CompressionReport:
     """Complete a checkpoint whose decoder layers are written, and make it appear as the output directory.
 
@@ -44,6 +45,7 @@ def publish(
         journal: of the run, all layers finished.
         calibration: record of the calibration tokens.
         command: the command line, for the record.
+        recipe: of the ranks that the modules were given.
 
     Raises:
         CheckpointError: if a file cannot be written, the output directory exists by now, or nothing is left of the
@@ -60,6 +62,7 @@ def publish(
         )
     report = _report(writer, model, options, dtype, journal, ranks, calibration, command)
     writer.copy_companions(options.model)
+    writer.write_text(RECIPE_NAME, dump_recipe(recipe))
     for file, text in render_files(report, _source_card(options.model)).items():
         writer.write_text(file, text)
     config = {**model.raw_config, "dtype": report.dtype}

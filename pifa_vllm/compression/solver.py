@@ -36,7 +36,9 @@ class LayerSolver:
         layer: index of the decoder layer.
         dense: the layer with its original weights.
         ranks: rank by full module name; modules that are not named stay dense.
+        outputs: S by path in the layer, see `whitened_svd`; None where errors are measured on the inputs alone.
         dtype: storage dtype.
+        expected: by full module name, see `ModuleReport.expected_loss`.
         on_module: told of each finished module.
     """
 
@@ -46,7 +48,9 @@ class LayerSolver:
         layer: int,
         dense: StagedLayer,
         ranks: dict[str, int],
+        outputs: dict[str, Tensor] | None,
         dtype: torch.dtype,
+        expected: dict[str, float],
         on_module: Callable[[ModuleReport], None],
     ) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -55,7 +59,9 @@ class LayerSolver:
         self._layer = layer
         self._dense = dense
         self._ranks = ranks
+        self._outputs = outputs
         self._dtype = dtype
+        self._expected = expected
         self._on_module = on_module
 
     def __call__(self, module: str, weight: Tensor, moments: Moments) -> Tensor:
@@ -78,7 +84,7 @@ class LayerSolver:
             return self._keep_dense(name, weight, bias, started)
 
         try:
-            u, v = self._factors(weight, gram, moments, self._ranks[name])
+            u, v = self._factors(module, weight, gram, moments)
         except LinAlgError as error:
             raise PifaError(
                 f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
@@ -115,19 +121,21 @@ class LayerSolver:
         )
         return used.float()
 
-    def _factors(self, weight: Tensor, gram: Tensor, moments: Moments, rank: int) -> Factors:
+    def _factors(self, module: str, weight: Tensor, gram: Tensor, moments: Moments) -> Factors:
         method, ridge = self._options.method, self._options.effective_ridge
+        rank = self._ranks[layer_name(self._layer, module)]
+        outputs = None if self._outputs is None else self._outputs[module].to(weight.device)
         if method == "svd":
             return truncated_svd(weight, rank)
         if method == "svd-llm":
-            return whitened_svd(weight, gram, rank, ridge)
+            return whitened_svd(weight, gram, rank, ridge, outputs)
         mix = self._options.effective_mix
         if method == "mpifa":
             target = target_cross(weight, gram, moments.cross(), mix)
             return alternating_update(weight, gram, target, rank, ridge)
         correction = fit_correction(weight, moments, mix, self._options.feedback)
         # Reduced-rank regression: the best rank-r answer to the least-squares one, in the metric of the inputs.
-        return whitened_svd(weight.double() + correction.delta, gram, rank, ridge)
+        return whitened_svd(weight.double() + correction.delta, gram, rank, ridge, outputs)
 
     def _keep_dense(self, name: str, weight: Tensor, bias: Tensor | None, started: float) -> Tensor:
         used = weight.to(self._dtype)
@@ -164,6 +172,7 @@ class LayerSolver:
                 "n": n,
                 "dense": dense,
                 "seconds": time.perf_counter() - started,
+                "expected_loss": self._expected.get(name),
                 **figures,
             }
         )

@@ -159,14 +159,15 @@ def divergence(logits: Tensor, goal: Tensor) -> tuple[float, Tensor]:
 
 
 def trained_parameters(model: Any, *, embeddings: bool) -> dict[str, nn.Parameter]:
-    """Choose what is trained, by name, and freeze the rest: factors and biases of PIFA layers, and norms.
+    """Choose what is trained, by name, and freeze the rest: the decoder's linear layers, PIFA or dense, and norms.
 
     Args:
         model: a transformers model with PIFA layers.
         embeddings: whether the embedding and the output head are, too.
     """
     heads = (model.get_input_embeddings(), model.get_output_embeddings()) if embeddings else ()
-    ids = {id(x) for module in model.modules() if isinstance(module, PIFALinear) for x in module.parameters()}
+    linears = [x for x in model.base_model.modules() if isinstance(x, PIFALinear | nn.Linear)]
+    ids = {id(x) for module in linears for x in module.parameters()}
     ids |= {id(x) for head in heads for x in head.parameters()}
     chosen = {}
     for name, parameter in model.named_parameters():

@@ -45,8 +45,8 @@ class HealOptions:
     calibration: str = "self"
     text_field: str = "text"
     length: int = 512
-    batch: int = 2
-    lr: float = 2e-4
+    batch: int = 4
+    lr: float = 3e-5
     weight_decay: float = 0.0
     warmup: float = 0.05
     held_out: float = 0.05

@@ -77,9 +77,9 @@ def _untouched(checkpoint: Checkpoint) -> list[str]:
     found = []
     for name in checkpoint.shards.entries:
         module, _, suffix = name.rpartition(".")
-        if module in checkpoint.modules and (healed or suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS)):
+        if module in checkpoint.modules and suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS):
             continue
-        if healed and module.endswith("norm"):
+        if healed and (name.startswith("model.layers.") or module.endswith("norm")):
             continue
         if embeddings and module in ("model.embed_tokens", "lm_head"):
             continue

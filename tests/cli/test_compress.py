@@ -50,8 +50,15 @@ def test_compresses_and_prints_where_it_is(model, tmp_path, capsys):
 
 def test_dry_run_prints_the_plan_and_writes_nothing(model, tmp_path, capsys):
     assert main(arguments(model, tmp_path / "out", "--density", "0.5", "--dry-run")) == 0
-    plan = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "ranks: chosen by the dense model's gradients" in shown.err
+    plan = json.loads(shown.out)
     assert plan["estimate"]["memory_bytes"] > 0
+    assert plan["ranks"] is None
+    assert plan["density"] <= 0.5
+    even = arguments(model, tmp_path / "out", "--density", "0.5", "--allocation", "uniform", "--dry-run")
+    assert main(even) == 0
+    plan = json.loads(capsys.readouterr().out)
     assert len(plan["ranks"]) == 14
     assert plan["density"] <= 0.5
     assert list(tmp_path.iterdir()) == []

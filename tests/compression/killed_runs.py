@@ -21,10 +21,13 @@ from pifa_vllm.checkpoint.shards import Shards
 from pifa_vllm.compression import pipeline
 from pifa_vllm.compression.flows import Flows
 from pifa_vllm.compression.journal import Journal
+from pifa_vllm.compression.sensitivity import Sensitivity
 from tests.compression.runs import Recorder, tiny_options
 
 # (owner, method, call at which to kill, whether before or after it)
 PLACES = [
+    (Sensitivity, "_write_head_gradients", 1, "after"),
+    (Sensitivity, "_backward", 2, "after"),
     (CheckpointWriter, "write_shard", 1, "after"),
     (CheckpointWriter, "write_shard", 2, "before"),
     (Flows, "commit", 1, "before"),

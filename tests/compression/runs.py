@@ -47,6 +47,9 @@ class Recorder:
     def sampling(self, done, total):
         self.events.append(("sampling", done))
 
+    def sensitivity(self, done, total):
+        self.events.append(("sensitivity", done))
+
     def layer_started(self, layer, total):
         self.events.append(("layer", layer))
 

@@ -32,11 +32,24 @@ def options(**changes):
         ({"ridge": -1e-3}, "--ridge: expected a number of 0 or more, found -0.001"),
         ({"ridge": math.inf}, "--ridge: .*found inf"),
         ({"ridge": math.nan}, "--ridge: .*found nan"),
+        ({"method": "mpifa", "metric": "outputs"}, "--metric outputs: --method mpifa has no metric"),
+        ({"gradient_samples": 0}, r"--gradient-samples: expected 1 to 128 \(--samples\), found 0"),
+        ({"samples": 4, "gradient_samples": 5}, r"--gradient-samples: expected 1 to 4 .*found 5"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_its_flag(changes, message):
     with pytest.raises(PifaError, match=message):
         options(**changes)
+
+
+def test_a_recipe_with_rules_leaves_nothing_to_allocate():
+    rules = uniform(0.5, attention=0.6)
+    even = CompressOptions(model=Path("model"), output=Path("out"), density=rules)
+    assert (even.effective_allocation, even.effective_metric) == ("uniform", "outputs")
+    with pytest.raises(PifaError, match=r"--allocation sensitivity: chooses .* found 1 rules beside it"):
+        dataclasses.replace(even, allocation="sensitivity")
+    assert options().effective_allocation == "sensitivity"
+    assert not options(method="mpifa").uses_gradients
 
 
 def test_everything_the_result_depends_on_is_recorded():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, is_pifa, load_tokenizer
 from pifa_vllm.compression import pipeline
-from pifa_vllm.compression.allocation import Recipe, uniform
+from pifa_vllm.compression.allocation import Recipe, load_recipe, uniform
 from pifa_vllm.compression.calibration.samples import CalibrationSet
 from pifa_vllm.compression.journal import lock
 from pifa_vllm.compression.pipeline import Compression
@@ -61,10 +61,11 @@ def test_every_method_gives_a_checkpoint_within_its_budget(method, llama, text, 
     report, recorder = compress(tiny_options(llama, output, text, method=method))
     checkpoint = Checkpoint.open(output)
     checkpoint.verify()
-    assert len(checkpoint.modules) == 21
+    assert len(checkpoint.modules) + sum(x.dense for x in report.modules) == 21
     assert 0.6 < report.density <= 0.7
     assert checkpoint.config.density == report.density
     kept = sum(x.parameters for x in checkpoint.modules.values())
+    kept += sum(x.m * x.n for x in report.modules if x.dense)
     assert kept == report.kept_parameters
     assert all(x.weight_error < 1e-5 and x.max_coefficient <= 2.0 for x in report.modules)
     assert [x.layer for x in report.layers] == [0, 1, 2]
@@ -151,6 +152,35 @@ def test_biases_recipe_and_bfloat16(qwen2, text, tmp_path):
     assert all(x.weight_error < 1e-2 for x in report.modules)
 
 
+def test_the_plan_of_a_run_gives_its_ranks_again(llama, text, tmp_path):
+    report, recorder = compress(tiny_options(llama, tmp_path / "out", text))
+    assert recorder.named("sensitivity")[-1] == 6
+    assert any("nats per token lost as the gradients see it" in x for x in recorder.named("message"))
+    assert report.options["allocation"] == "sensitivity"
+    assert all(x.expected_loss >= 0.0 for x in report.modules)
+    assert all((x.expected_loss == 0.0) == x.dense for x in report.modules)
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    again, _ = compress(tiny_options(llama, tmp_path / "again", text, density=recipe))
+    assert again.options["allocation"] == "uniform"
+    assert [(x.name, x.rank) for x in again.modules] == [(x.name, x.rank) for x in report.modules]
+    assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric": "inputs"},
+        {"allocation": "uniform"},
+        {"method": "svd-llm", "metric": "outputs", "allocation": "sensitivity", "representation": "lowrank"},
+        {"gradient_samples": 1},
+    ],
+)
+def test_what_gradients_are_asked_for_is_a_choice(options, llama, text, tmp_path):
+    report, _ = compress(tiny_options(llama, tmp_path / "out", text, **options))
+    assert report.density <= 0.7
+    assert all(x.expected_loss is not None for x in report.modules)
+
+
 def test_lowrank_representation_is_an_ordinary_dense_model(llama, text, tmp_path):
     output = tmp_path / "out"
     report, _ = compress(
@@ -204,7 +234,7 @@ def test_killed_anywhere_it_resumes_to_the_same_result(llama, text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 13
+    assert len(lines) == 15
     expected = tensors_of(tmp_path / "reference")
     for index, line in enumerate(lines):
         assert line["killed"], line

@@ -39,11 +39,28 @@ def moments():
     return found
 
 
-def solver_of(layer, ranks, dtype=torch.float32, **changes):
+def solver_of(layer, ranks, dtype=torch.float32, outputs=None, **changes):
     options = CompressOptions(model=Path("model"), output=Path("out"), density=uniform(0.5))
     told = []
-    made = LayerSolver(dataclasses.replace(options, **changes), 1, layer, ranks, dtype, told.append)
+    made = LayerSolver(
+        dataclasses.replace(options, **changes), 1, layer, ranks, outputs, dtype, {}, told.append
+    )
     return made, told
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "mpifa-exact"])
+def test_the_outputs_metric_spares_what_the_loss_feels(layer, moments, method):
+    """Where the loss looks at a few outputs alone, these come out better, and the others worse."""
+    weight = layer.linears[UP].weight
+    felt = torch.zeros(len(weight))
+    felt[:8] = 1.0
+    solver, _ = solver_of(layer, {NAME: 24}, method=method)
+    plain = solver(UP, weight, moments)
+    solver, _ = solver_of(layer, {NAME: 24}, method=method, outputs={UP: torch.diag(1e3 * felt)})
+    aimed = solver(UP, weight, moments)
+    errors = [(x - weight).square().sum(1) for x in (plain, aimed)]
+    assert errors[1][:8].sum() < 0.7 * errors[0][:8].sum()
+    assert errors[1][8:].sum() > errors[0][8:].sum()
 
 
 @pytest.mark.parametrize("method", ["svd", "svd-llm", "mpifa", "mpifa-exact"])

@@ -260,7 +260,7 @@ def test_other_models_are_no_teachers(family: Family, tmp_path: Path) -> None:
 
 def test_options() -> None:
     paths = {"model": Path("a"), "output": Path("b"), "teacher": Path("c"), "tokens": 4096}
-    assert HealOptions(**paths).steps == 4
+    assert HealOptions(**paths).steps == 2
     assert HealOptions(**paths).effective_precision == "float32"
     assert HealOptions(**paths, device="cuda").effective_precision == "bfloat16"
     for changes, match in (

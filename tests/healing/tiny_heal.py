@@ -41,6 +41,7 @@ def tiny_heal(family: Family, output: Path, **overrides: object) -> HealOptions:
         tokens=40 * 2 * 48,
         calibration=str(family.text),
         length=48,
+        batch=2,
         lr=1e-3,
         every=10,
     )

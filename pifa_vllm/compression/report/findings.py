@@ -26,7 +26,9 @@ def findings(report: CompressionReport) -> list[str]:
     found += _data(report)
     found += _budget(report)
     found += _rounding(report)
-    found += _outliers(report.modules)
+    if report.options.get("allocation") != "sensitivity":
+        # There, large errors are where they cost little.
+        found += _outliers(report.modules)
     if report.layers and report.layers[-1].flow_error > _FLOW_ERROR_LIMIT:
         found.append(
             f"After the last layer the hidden states are {report.layers[-1].flow_error:.0%} away from the dense "

@@ -39,6 +39,17 @@ METHODS = {
     "towards the dense model's activations, cross-fitted between two halves of the samples; with feedback, o and "
     "down are also asked to undo the error that the residual stream has by then.",
 }
+# What was added to it, by option and value.
+ADDITIONS = {
+    "metric": {
+        "outputs": "Weights are cut in the metric of their outputs, too: what the gradients of the dense model's "
+        "loss make of an error there.",
+    },
+    "allocation": {
+        "sensitivity": "Ranks are divided among the modules by what each is worth to that loss (recipe.yaml has "
+        "them); some modules stay dense.",
+    },
+}
 # What a derived model's card takes over from its source's.
 _KEPT_FRONT_MATTER = ("license", "license_name", "license_link", "language")
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
@@ -69,7 +80,7 @@ def render_html(report: CompressionReport) -> str:
     attention = [x for x in report.modules if ".self_attn." in x.name]
     return environment.get_template("report.html").render(
         report=report,
-        method=METHODS[report.method],
+        method=describe_method(report),
         calibration=describe_calibration(report),
         healing=[describe_healing(x) for x in report.healing],
         findings=findings(report),
@@ -124,12 +135,18 @@ def render_model_card(report: CompressionReport, source_card: str | None = None)
         name=Path(report.model).name or report.model,
         base_model=front.get("base_model"),
         license=front.get("license"),
-        method=METHODS[report.method],
+        method=describe_method(report),
         calibration=describe_calibration(report),
         healing=[describe_healing(x) for x in report.healing],
         findings=findings(report),
         total=summarize("all", report.modules) if report.modules else None,
     )
+
+
+def describe_method(report: CompressionReport) -> str:
+    """Say what was done to the weights."""
+    added = [words.get(str(report.options.get(option)), "") for option, words in ADDITIONS.items()]
+    return " ".join(x for x in (METHODS[report.method], *added) if x)
 
 
 def _environment(autoescape: bool) -> Environment:

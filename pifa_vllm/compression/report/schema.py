@@ -12,6 +12,8 @@ CARD_NAME = "README.md"
 
 Method = Literal["svd", "svd-llm", "mpifa", "mpifa-exact"]
 Representation = Literal["pifa", "lowrank"]
+Allocation = Literal["uniform", "sensitivity"]
+Metric = Literal["inputs", "outputs"]
 
 
 class _Entry(BaseModel):
@@ -34,6 +36,8 @@ class ModuleReport(_Entry):
             product it stands for.
         max_coefficient: max |C| of the pivoting form; 0 for plain low rank and dense modules.
         seconds: wall time spent on it.
+        expected_loss: nats per token that its rank costs the model by the dense model's gradients, in itself; None
+            where they were not asked.
         dense: True if it stays dense, under its usual tensor name.
     """
 
@@ -48,6 +52,7 @@ class ModuleReport(_Entry):
     weight_error: float = Field(ge=0.0)
     max_coefficient: float = Field(ge=0.0)
     seconds: float = Field(ge=0.0)
+    expected_loss: float | None = None
     dense: bool = False
 
 
