@@ -24,7 +24,8 @@ from tests.compression.runs import Recorder, tiny_options
 from tests.edit import copy_edited
 from tests.healing.tiny_heal import Family, make_family, tiny_heal
 
-TRAINED = (".pivot_weight", ".coefficients", "norm.weight")
+# The family keeps k_proj dense.
+TRAINED = (".pivot_weight", ".coefficients", "norm.weight", "k_proj.weight")
 
 
 def run(options: HealOptions) -> tuple[HealingReport, list[str]]:
@@ -240,7 +241,7 @@ def test_bad_input(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture
             run(tiny_heal(family, **({"output": tmp_path / "out"} | changes)))
         assert not (tmp_path / "out").exists()
     assert main(["heal", str(family.pifa), str(tmp_path / "out"), "--teacher", "x", "--tokens", "1"]) == 1
-    assert "--tokens: expected one step of 2 x 512 tokens or more, found 1" in capsys.readouterr().err
+    assert "--tokens: expected one step of 4 x 512 tokens or more, found 1" in capsys.readouterr().err
 
 
 def test_other_models_are_no_teachers(family: Family, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def tiny_heal(family: Family, output: Path, **overrides: object) -> HealOptions:
         calibration=str(family.text),
         length=48,
         batch=2,
-        lr=1e-3,
+        lr=5e-4,
         every=10,
     )
     return dataclasses.replace(options, **overrides)
