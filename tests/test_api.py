@@ -17,7 +17,7 @@ PAGE = Path(pifa_vllm.__file__).with_name("README.md")
 SIGNATURES = {
     "compress": "(model, output, *, density, method='mpifa-exact', calibration='self', samples=128, length=2048, "
     "seed=0, dtype=None, device='cpu', progress=None, **options)",
-    "heal": "(model, output, *, teacher, tokens, calibration='self', lr=0.0002, seed=0, device='cpu', **options)",
+    "heal": "(model, output, *, teacher, tokens, calibration='self', lr=3e-05, seed=0, device='cpu', **options)",
     "factorize": "(u, v, *, max_coefficient=1.05)",
     "load": "(directory, *, dtype='auto', device='cpu')",
     "PIFA": "(pivot_weight, coefficients, pivot_rows)",

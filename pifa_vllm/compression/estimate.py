@@ -90,7 +90,9 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
     disk = mapped + output
     if options.uses_gradients:
         # Every layer's states, and what they say of its modules; then the flows, beside the latter.
-        metrics = sum(4 * x.m**2 + 8 * (min(x.m, x.n) + 1) for x in linears) + model.layers * _HEADER_BYTES
+        metrics = sum(8 * (min(x.m, x.n) + 1) for x in linears) + model.layers * _HEADER_BYTES
+        if options.effective_metric == "outputs":
+            metrics += sum(4 * x.m**2 for x in linears)
         asked = options.effective_gradient_samples * options.length
         disk = metrics + max(disk, (model.layers + 3) * asked * hidden * itemsize)
         # One sequence's activations for the backward pass, the moments, and the head.

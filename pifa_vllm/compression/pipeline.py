@@ -128,7 +128,7 @@ class Compression:
         if free < needed:
             raise PifaError(
                 f"{parent}: this run needs {needed / 2**30:.1f} GiB of disk, but {free / 2**30:.1f} GiB are free. "
-                "Fewer --samples or --activation-dtype bfloat16 need less."
+                "Fewer --samples, --activation-dtype bfloat16 or --metric inputs need less."
             )
 
     def _calibration(self) -> CalibrationSet:
@@ -200,6 +200,7 @@ class Compression:
             ridge=options.effective_ridge,
             seed=options.seed,
             device=torch.device(options.device),
+            keep_outputs=options.effective_metric == "outputs",
         )
         sensitivity.measure(self.progress.sensitivity)
         losses = sensitivity.losses()

@@ -68,7 +68,7 @@ class LogProgress:
     def __init__(self, console: Console, output: Path | None = None) -> None:
         self._console = console
         self._output = output
-        self._tenth: dict[int, int] = {}
+        self._tenth: dict[str, int] = {}
         self._total = 0
         self._first = 0
         self._started = 0.0
@@ -76,11 +76,11 @@ class LogProgress:
 
     def sampling(self, done: int, total: int) -> None:
         """Print a line at every tenth."""
-        self._tenths(done, total, f"calibration: sampled {done:,} of {total:,} tokens from the model")
+        self._tenths("calibration", done, total, f"sampled {done:,} of {total:,} tokens from the model")
 
     def sensitivity(self, done: int, total: int) -> None:
         """Print a line at every tenth."""
-        self._tenths(done, total, f"gradients: {done} of {total} layers, forward and backward")
+        self._tenths("gradients", done, total, f"{done} of {total} layers, forward and backward")
 
     def layer_started(self, layer: int, total: int) -> None:
         """Start the clock at the first layer of this run, which a resumed run does not begin at 0."""
@@ -109,11 +109,11 @@ class LogProgress:
         """Print one line, never wrapped."""
         self._console.print(escape(text), soft_wrap=True)
 
-    def _tenths(self, done: int, total: int, line: str) -> None:
+    def _tenths(self, what: str, done: int, total: int, line: str) -> None:
         tenth = 10 * done // total
-        if tenth > self._tenth.get(total, 0):
-            self._tenth[total] = tenth
-            self.message(line)
+        if tenth > self._tenth.get(what, 0):
+            self._tenth[what] = tenth
+            self.message(f"{what}: {line}")
 
     def summary(self, report: CompressionReport) -> None:
         """Print the final table."""

@@ -46,6 +46,7 @@ class Sensitivity:
         ridge: of the inputs' metric, see `lowrank.tail_losses`.
         seed: of the tokens that the model draws.
         device: where to compute.
+        keep_outputs: whether S is kept, which takes 4 m² bytes a module.
 
     Raises:
         CheckpointError: if the directory cannot be created.
@@ -61,6 +62,7 @@ class Sensitivity:
         ridge: float,
         seed: int,
         device: torch.device,
+        keep_outputs: bool,
     ) -> None:
         self._model = model
         self._directory = directory
@@ -69,13 +71,14 @@ class Sensitivity:
         self._ridge = ridge
         self._seed = seed
         self._device = device
+        self._keep_outputs = keep_outputs
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(directory, error) from error
 
     def outputs(self, layer: int) -> dict[str, Tensor]:
-        """S [m, m], float32, by path in the layer."""
+        """S [m, m], float32, by path in the layer; of a pass that keeps it."""
         found = load_file(self._result(layer))
         return {module: found[f"{module}.outputs"] for module in MODULES}
 
@@ -170,7 +173,8 @@ class Sensitivity:
                             "the model work on this text (`pifa-vllm eval`)?"
                         )
                 losses = tail_losses(staged.linears[module].weight, gram, self._ridge, outputs)
-                results[f"{module}.outputs"] = outputs.float().cpu()
+                if self._keep_outputs:
+                    results[f"{module}.outputs"] = outputs.float().cpu()
                 results[f"{module}.losses"] = losses.cpu()
         replace_file(self._result(layer), partial(save_file, results))
         # Nothing is deleted before what is made of it is on the disk.

@@ -5,16 +5,18 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.gpu.cost_model import layer_table
 from pifa_vllm.bench.layer.report import block_table, ratio_table
-from pifa_vllm.bench.quality.losses import tables
+from pifa_vllm.bench.quality.losses import measured, tables
 from pifa_vllm.bench.quality.plan import read_plan
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
 from pifa_vllm.bench.served.report import memory_table, ratios
+from pifa_vllm.evaluate.protocol import standard_error
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "pifa_vllm"
@@ -32,19 +34,26 @@ def test_the_front_page_is_short_and_its_links_lead_somewhere():
 
 
 def test_the_front_pages_perplexities_are_the_committed_ones():
-    """Density, kept, mpifa-exact, SVD-LLM."""
+    """Density, FLOPs, perplexity, nats lost; and nats lost without the gradients."""
     readme = (ROOT / "README.md").read_text()
-    results = read("quality-smollm2.json")
-    rows = {(row["variant"], row["density"]): row for row in results["rows"]}
-    for density in (0.8, 0.6, 0.5):
-        ours, other = rows["mpifa-exact", density], rows["svd-llm", density]
-        line = f"| {density} | {ours['kept_density']:.2f} | {ours['perplexity']:.1f} | {other['perplexity']:.1f} |"
-        assert line in readme
-    dense = rows["dense", 1.0]
-    assert f"dense: {dense['perplexity']:.2f}" in readme
-    assert f"here {rows['mpifa-exact', 0.8]['nll'] - dense['nll']:.2f}." in readme
-    raw = read("reference-comparison.json")["eight_windows"]
-    assert f"costs {math.log(raw['mpifa-exact']['0.8'] / raw['dense']):.2f} nats per token" in readme
+    found = {(x.variant, x.density): x for x in measured(read("quality-raw.json"), "development")}
+
+    def lost(one):
+        return f"{fmean(one.lost):.3f} ± {standard_error(one.lost):.3f}"
+
+    for density in (0.9, 0.8, 0.6, 0.5):
+        ours, even = found["mpifa-exact", density], found["even-inputs", density]
+        flops = ours.rows[0]["flops_per_token"] / ours.dense["flops_per_token"]
+        figures = [
+            f"{density:g}",
+            f"{flops:.2f}",
+            f"{math.exp(fmean(ours.nll())):.1f}",
+            lost(ours),
+            lost(even),
+        ]
+        assert f"| {' | '.join(figures)} |" in readme
+    dense = fmean(found["dense", None].nll())
+    assert f"perplexity (dense: {math.exp(dense):.1f})" in readme
 
 
 def test_the_front_pages_speeds_are_the_committed_ones():

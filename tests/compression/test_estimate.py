@@ -28,6 +28,22 @@ def test_disk_estimate_covers_what_a_run_leaves_on_the_disk(tmp_path, monkeypatc
     assert "estimate:" in expected.text()
 
 
+def test_gradients_are_counted(tmp_path):
+    model = save_tiny_model(tmp_path / "m")
+    text = tmp_path / "text.txt"
+    without, allocated, both = (
+        Compression(tiny_options(model, tmp_path / "out", text, **choice), Recorder()).estimate()
+        for choice in (
+            {"allocation": "uniform", "metric": "inputs"},
+            {"allocation": "sensitivity", "metric": "inputs"},
+            {"allocation": "sensitivity", "metric": "outputs"},
+        )
+    )
+    assert without.disk_bytes < allocated.disk_bytes < both.disk_bytes
+    moments = sum(4 * m * m for m in (64, 32, 32, 64, 112, 112, 64)) * 2
+    assert both.disk_bytes - allocated.disk_bytes == moments
+
+
 def test_more_samples_need_more_of_everything(tmp_path):
     model = save_tiny_model(tmp_path / "m")
     text = tmp_path / "text.txt"

@@ -54,6 +54,18 @@ def test_a_log_tells_of_sampling_ten_times() -> None:
     assert len(text_of(console).splitlines()) == 10
 
 
+def test_a_log_tells_of_gradients_ten_times_after_as_much_sampling() -> None:
+    console, _ = consoles()
+    progress = LogProgress(console)
+    for done in range(61):
+        progress.sampling(done, 60)
+    for done in range(61):
+        progress.sensitivity(done, 60)
+    lines = text_of(console).splitlines()
+    assert sum(line.startswith("gradients: ") for line in lines) == 10
+    assert lines[-1] == "gradients: 60 of 60 layers, forward and backward"
+
+
 def test_the_summary_has_every_kind_and_the_totals() -> None:
     for console in consoles():
         progress = make_progress(Path("some/output"), console)

@@ -28,6 +28,7 @@ def measured(directory, tokens, where, on_layer=lambda done, total: None):
         ridge=RIDGE,
         seed=SEED,
         device=torch.device("cpu"),
+        keep_outputs=True,
     )
     made.measure(on_layer)
     return made

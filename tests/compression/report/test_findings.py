@@ -40,6 +40,13 @@ def test_what_is_out_of_the_ordinary_is_said(changes: dict[str, Any], message: s
     assert message in found[0]
 
 
+def test_errors_that_were_planned_are_nothing_to_mend() -> None:
+    modules = [*(module("q_proj", i, 24) for i in range(5)), module("q_proj", 5, 4, output_error=0.6)]
+    planned = sample_report(modules=modules, options={"allocation": "sensitivity"})
+    assert findings(planned) == []
+    assert len(findings(sample_report(modules=modules, options={"allocation": "uniform"}))) == 1
+
+
 def test_sixteen_bit_storage_is_judged_by_its_own_rounding() -> None:
     modules = [module("q_proj", 0, 24, weight_error=3e-3)]
     assert findings(sample_report(modules=modules, dtype="bfloat16")) == []

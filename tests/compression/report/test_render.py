@@ -141,6 +141,15 @@ def test_the_card_says_how_to_use_the_model() -> None:
     assert "from the text file some.txt, seed 3" in body
 
 
+def test_both_pages_say_what_the_gradients_were_asked_for() -> None:
+    report = sample_report(options={"allocation": "sensitivity", "metric": "outputs"})
+    plain = sample_report(options={"allocation": "uniform", "metric": "inputs"})
+    for render in (render_model_card, render_html):
+        for words in ("in the metric of their outputs", "Ranks are divided among the modules"):
+            assert words in render(report)
+            assert words not in render(plain)
+
+
 def test_the_card_of_dense_weights_does_not_promise_savings() -> None:
     front, body = front_matter(render_model_card(sample_report(representation="lowrank")))
     assert "pifa" not in front["tags"]
