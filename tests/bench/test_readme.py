@@ -52,6 +52,10 @@ def test_the_front_pages_perplexities_are_the_committed_ones():
             lost(even),
         ]
         assert f"| {' | '.join(figures)} |" in readme
+    before, after = found["mpifa-exact", 0.8], found["healed", 0.8]
+    page = (PACKAGE / "healing/README.md").read_text()
+    assert f"loses {lost(before)} nats per token before and {lost(after)} after 131,072 tokens" in page
+    assert f"falls from {before.mean('kl'):.3f} to {after.mean('kl'):.3f}" in page
     dense = fmean(found["dense", None].nll())
     assert f"perplexity (dense: {math.exp(dense):.1f})" in readme
 
