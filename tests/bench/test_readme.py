@@ -16,6 +16,7 @@ from pifa_vllm.bench.quality.losses import measured, tables
 from pifa_vllm.bench.quality.plan import read_plan
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
 from pifa_vllm.bench.served.report import memory_table, ratios
+from pifa_vllm.compression.report.figures import duration
 from pifa_vllm.evaluate.protocol import standard_error
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,8 @@ def test_the_front_pages_perplexities_are_the_committed_ones():
     before, after = found["mpifa-exact", 0.8], found["healed", 0.8]
     page = (PACKAGE / "healing/README.md").read_text()
     assert f"loses {lost(before)} nats per token before and {lost(after)} after 131,072 tokens" in page
+    took = duration(read("healing-smollm2-0.8.json")["seconds"])
+    assert f"That took {took} on two cores" in page
     assert f"falls from {before.mean('kl'):.3f} to {after.mean('kl'):.3f}" in page
     dense = fmean(found["dense", None].nll())
     assert f"perplexity (dense: {math.exp(dense):.1f})" in readme
