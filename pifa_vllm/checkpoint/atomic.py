@@ -53,6 +53,18 @@ def replace_text(target: Path, text: str) -> None:
     replace_file(target, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory, and those above it, unless it is there.
+
+    Raises:
+        CheckpointError: if it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def sync(path: Path) -> None:
     """Push a file or directory entry to the disk, so that a power cut cannot undo a later rename."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pifa_vllm.checkpoint.atomic import replace_file, replace_text, sync, write_error
+from pifa_vllm.checkpoint.atomic import make_directory, replace_file, replace_text, sync, write_error
 from pifa_vllm.checkpoint.schema import (
     BIAS,
     COEFFICIENTS,
@@ -48,10 +48,7 @@ class CheckpointWriter:
     def __init__(self, output: Path, staging: Path) -> None:
         self.output = output
         self.staging = staging
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(staging, error) from error
+        make_directory(staging)
 
     def write_shard(self, file: str, tensors: dict[str, Tensor]) -> None:
         """Write one shard, whole or not at all.

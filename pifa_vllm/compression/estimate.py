@@ -96,11 +96,11 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
         asked = options.effective_gradient_samples * options.length
         disk = metrics + max(disk, (model.layers + 3) * asked * hidden * itemsize)
         # One sequence's activations for the backward pass, the moments, and the head.
-        kept = 14 * hidden + 6 * max(x.m for x in first)
+        activations = 14 * hidden + 6 * max(x.m for x in first)
         moments = sum(4 * x.m**2 for x in first) + 4 * (3 * hidden**2 + widest**2)
         head = 4 * int(model.config.vocab_size) * hidden
         memory = max(
-            memory, _BASE_BYTES + moments + max(4 * (layer_parameters + options.length * kept), head)
+            memory, _BASE_BYTES + moments + max(4 * (layer_parameters + options.length * activations), head)
         )
     if options.calibration == "self":
         # The whole model samples before the first layer is read.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pifa_vllm.checkpoint.atomic import sync, write_error
+from pifa_vllm.checkpoint.atomic import make_directory, sync, write_error
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ class Flows:
     def __init__(self, directory: Path, shape: FlowShape) -> None:
         self.directory = directory
         self.shape = shape
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(directory, error) from error
+        make_directory(directory)
 
     def entering(self, layer: int) -> tuple[Tensor, Tensor]:
         """Map (dense, compressed) hidden states entering `layer`, each [samples, length, hidden]."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pifa_vllm.compression.allocation import PARAMETERS, Recipe, Rule
+from pifa_vllm.compression.allocation import PARAMETERS, Recipe, Rule, kept_parameters
 from pifa_vllm.compression.decoder import LinearShape
 from pifa_vllm.compression.report.schema import Representation
 from pifa_vllm.errors import PifaError
@@ -89,8 +89,8 @@ def recipe_of(
         ranks: by module name; those that are left out are dense.
         representation: which parameter count makes densities of them.
     """
-    count, dense = PARAMETERS[representation], sum(x.m * x.n for x in linears)
-    kept = {x.name: count(x.m, x.n, ranks[x.name]) if x.name in ranks else x.m * x.n for x in linears}
+    dense = sum(x.m * x.n for x in linears)
+    kept = {x.name: kept_parameters([x], ranks, representation) for x in linears}
     return Recipe(
         density=sum(kept.values()) / dense,
         dense_parameters=dense,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pifa_vllm
 from pifa_vllm.checkpoint import CheckpointWriter, load_tokenizer
-from pifa_vllm.checkpoint.atomic import write_error
+from pifa_vllm.checkpoint.atomic import make_directory
 from pifa_vllm.compression.allocation import allocate, kept_parameters
 from pifa_vllm.compression.calibration.kept import load_kept
 from pifa_vllm.compression.calibration.samples import CalibrationSet, load_samples
@@ -97,10 +97,7 @@ class Compression:
             PifaError: with what was expected and found; finished layers are kept.
         """
         clock = Clock()
-        try:
-            self.staging.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.staging, error) from error
+        make_directory(self.staging)
         with lock(self.staging):
             check_output(self.options.output)
             self._check_disk()

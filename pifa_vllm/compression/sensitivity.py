@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pifa_vllm.checkpoint.atomic import replace_file, write_error
+from pifa_vllm.checkpoint.atomic import make_directory, replace_file
 from pifa_vllm.compression.decoder import GROUPS, MODULES, DenseModel, StagedLayer, layer_name
 from pifa_vllm.compression.flows import FlowShape, map_activations
 from pifa_vllm.compression.lowrank import tail_losses
@@ -72,22 +73,18 @@ class Sensitivity:
         self._seed = seed
         self._device = device
         self._keep_outputs = keep_outputs
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(directory, error) from error
+        make_directory(directory)
 
     def outputs(self, layer: int) -> dict[str, Tensor]:
         """S [m, m], float32, by path in the layer; of a pass that keeps it."""
-        found = load_file(self._result(layer))
-        return {module: found[f"{module}.outputs"] for module in MODULES}
+        return self._load(layer, "outputs")
 
     def losses(self) -> dict[str, Tensor]:
         """By full module name: float64 [min(m, n) + 1], nats per token that are lost at every rank."""
         losses: dict[str, Tensor] = {}
         for layer in range(self._model.layers):
-            found = load_file(self._result(layer))
-            losses |= {layer_name(layer, x): found[f"{x}.losses"] for x in MODULES}
+            found = self._load(layer, "losses")
+            losses |= {layer_name(layer, module): x for module, x in found.items()}
         return losses
 
     def measure(self, on_layer: Callable[[int, int], None]) -> None:
@@ -189,6 +186,11 @@ class Sensitivity:
             leaving = _through(staged, entering)
             above = above[None].to(self._device, torch.float32)
             gradients[sample] = torch.autograd.grad(leaving, entering, above)[0][0]
+
+    def _load(self, layer: int, what: str) -> dict[str, Tensor]:
+        """One kind of result by path in the layer: S may take gigabytes, the losses next to nothing."""
+        with safe_open(self._result(layer), framework="pt") as file:
+            return {module: file.get_tensor(f"{module}.{what}") for module in MODULES}
 
     def _read(self, what: str, layer: int) -> Tensor:
         path = self._file(what, layer)

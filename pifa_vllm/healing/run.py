@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import pifa_vllm
 from pifa_vllm.checkpoint import Checkpoint
-from pifa_vllm.checkpoint.atomic import write_error
+from pifa_vllm.checkpoint.atomic import make_directory
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.journal import Clock, check_output, lock, model_fingerprint
 from pifa_vllm.compression.report.figures import duration
@@ -76,10 +76,7 @@ class Healing:
                 input, nothing is published.
         """
         clock = Clock()
-        try:
-            self.staging.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.staging, error) from error
+        make_directory(self.staging)
         with lock(self.staging):
             check_output(self.options.output)
             text = load_text(self.options, self.teacher, self.staging, self._sampling)
