@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, PIFAConfig, check_finite, read_json
 from pifa_vllm.checkpoint.schema import COEFFICIENTS
+from pifa_vllm.compression.allocation import RECIPE_NAME
 from pifa_vllm.compression.report.record import read_report
 from pifa_vllm.compression.report.render import render_files
 from pifa_vllm.compression.report.schema import CARD_NAME, REPORT_NAME, HealingReport
@@ -75,6 +76,9 @@ def _tell(writer: CheckpointWriter, source: Path, trained: dict[str, Tensor], he
             "evaluation": [x for x in report.evaluation if x.model == "dense"],
         }
     )
+    if (recipe := source / RECIPE_NAME).is_file():
+        # The ranks stay, and the card speaks of it.
+        writer.write_text(RECIPE_NAME, recipe.read_text(encoding="utf-8"))
     card = source / CARD_NAME
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     for file, content in render_files(healed, text).items():

@@ -182,6 +182,7 @@ def test_what_compress_reported_is_told_on(family: Family, tmp_path: Path) -> No
     healing, _ = run(tiny_heal(family, tmp_path / "out", model=compressed, lr=1e-4))
     told = read_report(tmp_path / "out")
     assert told.healing == [healing]
+    assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (compressed / "recipe.yaml").read_bytes()
     assert told.fingerprint == report.fingerprint
     assert [x.model for x in told.evaluation] == ["dense"], (
         "the compressed model's figure is not the healed one's"
