@@ -10,6 +10,18 @@ from pifa_vllm.checkpoint import Shards
 from pifa_vllm.checkpoint.files import reason
 from pifa_vllm.errors import CheckpointError, PifaError
 
+# Logits that are held at once, in float32: 64 MiB.
+_LOGITS = 2**24
+
+
+def positions_at_once(vocabulary: int) -> int:
+    """How many positions' logits are made at a time: a whole batch of them would take gigabytes.
+
+    Args:
+        vocabulary: numbers per position.
+    """
+    return max(1, _LOGITS // vocabulary)
+
 
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint for `generate`: PIFA layers, not reconstructed weights (arXiv 2501.19090, section 3).

@@ -19,19 +19,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pifa_vllm.checkpoint.atomic import make_directory, replace_file
+from pifa_vllm.checkpoint.files import reason
 from pifa_vllm.compression.decoder import GROUPS, MODULES, DenseModel, StagedLayer, layer_name
 from pifa_vllm.compression.flows import FlowShape, map_activations
 from pifa_vllm.compression.lowrank import tail_losses
 from pifa_vllm.compression.moments import Moments
 from pifa_vllm.errors import PifaError
-
-# Logits that are held at once, in float32: 64 MiB.
-_LOGITS = 2**24
+from pifa_vllm.loading import positions_at_once
 
 
 class Sensitivity:
@@ -76,11 +75,19 @@ class Sensitivity:
         make_directory(directory)
 
     def outputs(self, layer: int) -> dict[str, Tensor]:
-        """S [m, m], float32, by path in the layer; of a pass that keeps it."""
+        """S [m, m], float32, by path in the layer; of a pass that keeps it.
+
+        Raises:
+            PifaError: if its file cannot be read.
+        """
         return self._load(layer, "outputs")
 
     def losses(self) -> dict[str, Tensor]:
-        """By full module name: float64 [min(m, n) + 1], nats per token that are lost at every rank."""
+        """By full module name: float64 [min(m, n) + 1], nats per token that are lost at every rank.
+
+        Raises:
+            PifaError: if a layer's file cannot be read.
+        """
         losses: dict[str, Tensor] = {}
         for layer in range(self._model.layers):
             found = self._load(layer, "losses")
@@ -138,7 +145,7 @@ class Sensitivity:
         """Gradients with respect to the states that leave the last layer."""
         gradients, states = map_activations(path, self._shape), self._read("states", self._model.layers)
         norm, matrix = self._model.head(self._device)
-        size = max(1, _LOGITS // matrix.shape[0])
+        size = positions_at_once(matrix.shape[0])
         for sample, hidden in enumerate(states):
             # Of its own for each sample, so that a pass which is killed draws the same.
             generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + sample)
@@ -148,7 +155,7 @@ class Sensitivity:
                 with torch.no_grad():
                     # The gradient of -log p at the logits: probabilities less what was drawn.
                     slope = (normed @ matrix.T).softmax(dim=-1)  # [tokens, vocabulary]
-                    drawn = torch.multinomial(slope, 1, generator=generator)
+                    drawn = draw(slope, generator)
                     slope.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=slope.dtype))
                     back = slope @ matrix
                 gradients[sample, start : start + size] = torch.autograd.grad(normed, part, back)[0]
@@ -189,8 +196,14 @@ class Sensitivity:
 
     def _load(self, layer: int, what: str) -> dict[str, Tensor]:
         """One kind of result by path in the layer: S may take gigabytes, the losses next to nothing."""
-        with safe_open(self._result(layer), framework="pt") as file:
-            return {module: file.get_tensor(f"{module}.{what}") for module in MODULES}
+        path = self._result(layer)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {module: file.get_tensor(f"{module}.{what}") for module in MODULES}
+        except (OSError, SafetensorError) as error:
+            raise PifaError(
+                f"{path}: cannot be read ({reason(error)}). Remove {self._directory} to have it made again."
+            ) from error
 
     def _read(self, what: str, layer: int) -> Tensor:
         path = self._file(what, layer)
@@ -242,6 +255,13 @@ class _Observed:
             outputs.register_hook(lambda gradient: moments.add(gradient, gradient))  # type: ignore[no-untyped-call]  # torch's
 
         return hook
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index per row of [tokens, vocabulary]: [tokens, 1]. torch.multinomial takes N times as long."""
+    below = probabilities.cumsum(dim=-1)
+    level = torch.rand(len(below), 1, generator=generator, device=below.device) * below[:, -1:]
+    return torch.searchsorted(below, level, right=True).clamp_(max=below.shape[1] - 1)
 
 
 def _through(staged: StagedLayer, hidden: Tensor) -> Tensor:

@@ -13,12 +13,9 @@ from transformers import PreTrainedModel
 from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
 from pifa_vllm.evaluate.protocol import Perplexity, check_fit, cut_windows
-from pifa_vllm.loading import load
+from pifa_vllm.loading import load, positions_at_once
 
 Head = Callable[[Tensor], Tensor]
-
-# Float32 logits that are held at once: 64 MiB. A whole window would be 400 MB at 2048 x 49152.
-_LOGITS = 2**24
 
 
 def perplexity(
@@ -119,7 +116,7 @@ def logit_chunks(inputs: Tensor, head: Head, vocabulary: int, source: str) -> It
         EvaluationError: if one is not finite, naming `source` and the position.
     """
     position = 0
-    for chunk in torch.split(inputs, max(1, _LOGITS // vocabulary)):
+    for chunk in torch.split(inputs, positions_at_once(vocabulary)):
         logits = head(chunk).float()
         finite = torch.isfinite(logits).all(dim=1)
         if not bool(finite.all()):

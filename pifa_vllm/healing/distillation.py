@@ -16,10 +16,8 @@ from torch.nn.functional import log_softmax
 
 from pifa_vllm.healing.options import HealOptions
 from pifa_vllm.hf import PIFALinear
-from pifa_vllm.loading import load
+from pifa_vllm.loading import load, positions_at_once
 
-# Logits that are held at once, per model, in float32: 64 MiB.
-_LOGITS = 2**24
 # The teacher's hidden states of sequences that come again, in memory; what does not fit is computed again.
 _KEPT_BYTES = 4 << 30
 
@@ -102,9 +100,9 @@ class Distillation:
         states = output.last_hidden_state.flatten(0, 1)  # [tokens, hidden]
         wanted = torch.cat([self._teacher_states(tokens, i, part) for i in indices])  # likewise
         total, gradients = 0.0, torch.empty_like(states) if backward else None
-        # A whole batch of logits would take gigabytes: the head's part of the graph is built and dropped in pieces.
+        # The head's part of the graph is built and dropped in pieces.
         head, teacher_head = self._student.get_output_embeddings(), self._teacher.get_output_embeddings()
-        size = max(1, _LOGITS // head.weight.shape[0])
+        size = positions_at_once(head.weight.shape[0])
         for first in range(0, len(states), size):
             leaf = states[first : first + size].detach().requires_grad_(backward)
             target = wanted[first : first + size].to(device)

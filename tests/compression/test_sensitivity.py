@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pifa_vllm.compression.decoder import MODULES, DenseModel, layer_name
 from pifa_vllm.compression.flows import map_activations
 from pifa_vllm.compression.lowrank import OUTPUT_RIDGE, regularised, tail_losses, whitened_svd
-from pifa_vllm.compression.sensitivity import Sensitivity
+from pifa_vllm.compression.sensitivity import Sensitivity, draw
 from pifa_vllm.errors import PifaError
 from tests.compression.test_decoder import CASES
 from tests.tiny import save_tiny_model
@@ -57,9 +57,20 @@ def whole_model(directory, tokens):
     for sample, row in enumerate(tokens):
         logits = model(row[None]).logits[0]
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + sample)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        drawn = draw(logits.detach().softmax(-1), generator)
         (-logits.log_softmax(-1).gather(1, drawn).sum()).backward()
     return {n: torch.cat(x) for n, x in inputs.items()}, {n: torch.cat(x) for n, x in gradients.items()}
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    """Frequencies within five standard errors; what cannot be is never drawn, at the ends neither."""
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.2, 0.05, 0.0])
+    count = 20_000
+    drawn = draw(chances.expand(count, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (count, 1)
+    found = torch.bincount(drawn[:, 0], minlength=len(chances)) / count
+    error = (chances * (1 - chances) / count).sqrt()
+    assert bool(((found - chances).abs() <= 5 * error).all()), found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,6 +157,14 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     os.truncate(tmp_path / "s" / "states-00001.bin", 100)
     with pytest.raises(PifaError, match=r"states-00001.bin: expected \d+ bytes, found 100. Remove"):
         measured(directory, tokens_of(2, 24), tmp_path / "s")
+
+
+def test_a_result_that_is_damaged_is_named(tmp_path):
+    found = measured(save_tiny_model(tmp_path / "m", layers=2), tokens_of(2, 24), tmp_path / "s")
+    os.truncate(tmp_path / "s" / "layer-00001.safetensors", 100)
+    for read in (found.losses, lambda: found.outputs(1)):
+        with pytest.raises(PifaError, match=r"layer-00001.safetensors: cannot be read .*Remove \S+s to have"):
+            read()
 
 
 def test_gradients_that_overflow_name_the_module(tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
+from pifa_vllm import loading
 from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate import perplexity as chunks
 from pifa_vllm.evaluate.comparison import Reference
 from pifa_vllm.evaluate.perplexity import perplexity
 from tests.conftest import Twins
@@ -42,7 +42,7 @@ def reference(dense: Path, cache: Path) -> Reference:
 def test_the_figures_are_those_of_whole_logits(
     twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
-    monkeypatch.setattr(chunks, "_LOGITS", held)
+    monkeypatch.setattr(loading, "_LOGITS", held)
     found = reference(twins.original, tmp_path).compare(twins.pifa)
     nll, kl, top1 = zip(*plain(twins.original, twins.dense), strict=True)
     assert found.nll == pytest.approx(nll, rel=1e-4)

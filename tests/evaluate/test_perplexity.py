@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from pifa_vllm import loading
 from pifa_vllm.checkpoint import load_tokenizer
 from pifa_vllm.errors import EvaluationError
-from pifa_vllm.evaluate import perplexity as module
 from pifa_vllm.evaluate.perplexity import perplexity
 from tests.conftest import Twins
 from tests.tiny import save_tiny_model
@@ -34,7 +34,7 @@ def plain(directory: Path, seqlen: int, dtype: torch.dtype = torch.float32) -> l
 
 @pytest.mark.parametrize("held", [1, 258 * 7, 2**24])
 def test_chunks_give_the_plain_figure(twins: Twins, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    monkeypatch.setattr(module, "_LOGITS", held)
+    monkeypatch.setattr(loading, "_LOGITS", held)
     found = perplexity(twins.dense, TEXT, seqlen=100)
     assert found.window_nlls == pytest.approx(plain(twins.dense, 100), rel=1e-5)
     assert found.windows == 10
@@ -43,7 +43,7 @@ def test_chunks_give_the_plain_figure(twins: Twins, monkeypatch: pytest.MonkeyPa
 
 def test_what_happens_after_the_head_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_tiny_model(tmp_path / "granite", "granite", logits_scaling=0.25)
-    monkeypatch.setattr(module, "_LOGITS", 258 * 7)
+    monkeypatch.setattr(loading, "_LOGITS", 258 * 7)
     assert perplexity(directory, TEXT, seqlen=100).window_nlls == pytest.approx(
         plain(directory, 100), rel=1e-5
     )
@@ -77,7 +77,7 @@ def test_low_precision_models_still_get_a_float32_softmax(twins: Twins, dtype: s
 def test_logits_that_are_not_finite_are_an_error(
     twins: Twins, monkeypatch: pytest.MonkeyPatch, value: float, window: int, position: int
 ) -> None:
-    monkeypatch.setattr(module, "_LOGITS", 258 * 10)
+    monkeypatch.setattr(loading, "_LOGITS", 258 * 10)
     model = AutoModelForCausalLM.from_pretrained(twins.pifa)
     calls = 0
 

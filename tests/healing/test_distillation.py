@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from pifa_vllm import loading
 from pifa_vllm.healing import distillation
 from pifa_vllm.healing.distillation import Distillation, divergence, rate, trained_parameters
 from pifa_vllm.loading import load
@@ -32,7 +33,7 @@ def test_pieces_of_any_size_give_the_models_own_gradients(
     family: Family, monkeypatch: pytest.MonkeyPatch, logits_at_once: int
 ) -> None:
     """Against one backward pass of transformers' own logits, the tied embedding's two roles included."""
-    monkeypatch.setattr(distillation, "_LOGITS", logits_at_once)
+    monkeypatch.setattr(loading, "_LOGITS", logits_at_once)
     found = Distillation(tiny_heal(family, Path("unused"), embeddings=True))
     student, teacher = load(family.pifa, dtype="float32"), load(family.dense)
     with torch.no_grad():

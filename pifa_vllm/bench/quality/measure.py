@@ -182,12 +182,16 @@ def _earlier_rows(output: Path, subject: dict[str, Any]) -> list[dict[str, Any]]
     if not output.is_file():
         return []
     earlier = read_json(output)
-    different = [name for name, value in subject.items() if earlier.get(name) != value]
+    different = [name for name in subject.keys() - {"texts"} if earlier.get(name) != subject[name]]
+    texts = earlier.get("texts", {})
+    different += [f"text {name}" for name, value in subject["texts"].items() if texts.get(name, value) != value]
     if different:
         raise PifaError(
-            f"{output}: has results of another measurement ({', '.join(different)} differ), expected none or "
-            "those of this plan."
+            f"{output}: has results of another measurement ({', '.join(sorted(different))} differ), expected "
+            "none or those of this plan."
         )
+    # A plan may name further texts, or only one of them.
+    subject["texts"] = texts | subject["texts"]
     rows: list[dict[str, Any]] = earlier["rows"]
     return rows
 

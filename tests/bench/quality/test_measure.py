@@ -65,10 +65,24 @@ def test_rows_are_measured_and_kept(
     with pytest.raises(pytest.fail.Exception, match="measured"):
         main(command)
     # Nor are results of another text overwritten.
-    path.write_text(yaml.safe_dump({**plan, "max_windows": 2}))
-    capsys.readouterr()
-    assert main(command) == 1
-    assert "has results of another measurement (max_windows differ)" in capsys.readouterr().err
+    other = write_text(tmp_path / "other.txt")
+    other.write_text(text.read_text()[::-1])
+    changes = ({"max_windows": 2}, "max_windows"), ({"texts": {"a": str(other)}}, "text a")
+    for change, named in changes:
+        path.write_text(yaml.safe_dump(plan | change))
+        capsys.readouterr()
+        assert main(command) == 1
+        assert f"has results of another measurement ({named} differ)" in capsys.readouterr().err
+
+    # A further text is measured beside what is there.
+    monkeypatch.undo()
+    plan["variants"]["int6"]["bits"] = 6
+    path.write_text(yaml.safe_dump({**plan, "texts": {"b": str(other)}}))
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert err.count('"text": "b"') == 4
+    assert out.count("3 windows of 64 tokens") == 2
+    assert json.loads(output.read_text())["rows"][:4] == results["rows"]
 
 
 def test_a_compression_that_fails(twins: Twins, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
