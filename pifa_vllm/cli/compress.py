@@ -109,7 +109,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--gradient-samples",
         type=int,
         metavar="N",
-        help="of the sequences, how many the loss's gradients are taken on (default: half of them)",
+        help="of the sequences, how many the loss's gradients are taken on (default: all of them)",
     )
 
     group = parser.add_argument_group("running")

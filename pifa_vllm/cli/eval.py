@@ -82,7 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="add the result to the directory's compression report, its HTML page and its model card",
     )
-    add("--json", action="store_true", help="print JSON, with the figure of every window")
+    add("--json", action="store_true", help="print JSON, with the figure of every window or item")
     eval_tasks.add_options(parser)
     parser.set_defaults(run=run)
 

@@ -38,7 +38,7 @@ class CompressOptions:
             recipe has rules.
         metric: of the modules' errors: "inputs" of what they are on the calibration inputs, "outputs" of what the
             loss makes of that, too; None takes the method's default.
-        gradient_samples: of the samples, how many the gradients for either are of; None takes half of them.
+        gradient_samples: of the samples, how many the gradients for either are of; None takes all of them.
         mix: λ, the share of the dense flow in M's target; None takes the method's default.
         feedback: μ, the share of the residual stream's error that mpifa-exact asks o and down to undo.
         ridge: relative ridge of the method's solves; None takes the method's default.
@@ -130,8 +130,8 @@ class CompressOptions:
 
     @property
     def effective_gradient_samples(self) -> int:
-        """Of how many samples they are: the given number, or half of them."""
-        return self.gradient_samples or -(-self.samples // 2)
+        """Of how many samples they are: the given number, or all of them."""
+        return self.gradient_samples or self.samples
 
     @property
     def folds(self) -> int:

@@ -37,6 +37,7 @@ class TaskFigure:
         version: of the task's definition.
         engine: "transformers" or "vllm".
         dtype: of weights and activations.
+        items: the figure of each item, in the task's order, for pairs of models; empty where lm-eval has none.
     """
 
     task: str
@@ -48,6 +49,7 @@ class TaskFigure:
     version: str
     engine: str
     dtype: str
+    items: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes, ready for JSON."""
@@ -113,7 +115,7 @@ def run_tasks(
         else:
             model, found = _by_transformers(directory, dtype, device, batch_size)
         results = simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=True
         )
     return list(_figures(results, engine, found))
 
@@ -205,12 +207,14 @@ def _named_vllm(version: str) -> Iterator[None]:
 
 
 def _figures(results: dict[str, Any], engine: str, dtype: str) -> Iterator[TaskFigure]:
+    samples = results.get("samples", {})
     for task, found in results["results"].items():
         for key, value in found.items():
             metric, comma, rest = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = found.get(f"{metric}_stderr,{rest}")
+            items = [x.get(metric) for x in samples.get(task, ()) if x.get("filter", "none") == rest]
             yield TaskFigure(
                 task=task,
                 metric=metric if rest == "none" else key,
@@ -221,4 +225,5 @@ def _figures(results: dict[str, Any], engine: str, dtype: str) -> Iterator[TaskF
                 version=str(results.get("versions", {}).get(task)),
                 engine=engine,
                 dtype=dtype,
+                items=tuple(map(float, items)) if all(isinstance(x, int | float) for x in items) else (),
             )

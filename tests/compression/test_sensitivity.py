@@ -105,7 +105,7 @@ def test_the_cut_costs_what_its_tail_says_and_nothing_costs_less(m, n):
         difference = weight - other
         return float(torch.trace(outer @ difference @ inner @ difference.T) / 2)
 
-    losses = tail_losses(weight, gram, RIDGE, outputs)
+    losses = tail_losses(weight, gram, RIDGE, outputs, OUTPUT_RIDGE)
     assert losses.shape == (min(m, n) + 1,)
     for rank in (0, 1, 9, min(m, n)):
         u, v = whitened_svd(weight, gram, rank, RIDGE, outputs)

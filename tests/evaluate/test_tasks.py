@@ -58,6 +58,9 @@ def test_both_forms_of_a_model_answer_alike(twins: Twins, task_dir: Path) -> Non
     assert [x.value for x in by_layers] == [x.value for x in by_weights]
     assert by_layers[0].value * 6 == pytest.approx(round(by_layers[0].value * 6))
     assert by_layers[0].to_dict()["engine"] == "transformers"
+    for figure in by_layers:
+        assert set(figure.items) <= {0.0, 1.0}
+        assert sum(figure.items) / 6 == pytest.approx(figure.value)
     (first, _) = run_tasks(twins.dense, ["numbers"], task_dir=task_dir, limit=2)
     assert first.samples == 2
 

@@ -184,7 +184,9 @@ def _earlier_rows(output: Path, subject: dict[str, Any]) -> list[dict[str, Any]]
     earlier = read_json(output)
     different = [name for name in subject.keys() - {"texts"} if earlier.get(name) != subject[name]]
     texts = earlier.get("texts", {})
-    different += [f"text {name}" for name, value in subject["texts"].items() if texts.get(name, value) != value]
+    different += [
+        f"text {name}" for name, value in subject["texts"].items() if texts.get(name, value) != value
+    ]
     if different:
         raise PifaError(
             f"{output}: has results of another measurement ({', '.join(sorted(different))} differ), expected "
