@@ -29,7 +29,8 @@ from pifa_vllm.healing.text import Text, batch_indices, load_text
 _DIVERGED = 3.0
 # Steps whose median tells a run that diverges.
 _RECENT = 5
-# Looks at the held-out text without a new best before a run ends early.
+# Looks at the held-out text, none better than an earlier one of the trained model, before a run ends early. The
+# input does not count: where it has lost little, the optimizer's first steps cost more than the next ones give back.
 _PATIENCE = 5
 # Seconds without a line, where looks are far apart.
 _SILENCE = 60.0
@@ -176,7 +177,8 @@ class Healing:
         tokens = step * self.options.batch * self.options.length
         train = math.fsum(losses) / len(losses) if losses else None
         state.history.append(HealingPoint(step=step, tokens=tokens, train=train, held_out=held_out))
-        if state.history.index(state.best) < len(state.history) - _PATIENCE:
+        trained = [point.held_out for point in state.history[1:]]
+        if trained and trained.index(min(trained)) < len(trained) - _PATIENCE:
             state.stopped = f"no better on held-out text for {_PATIENCE} looks, at step {step}"
 
     def _settle(self, distillation: Distillation, files: StateFiles, state: State, text: Text) -> float:

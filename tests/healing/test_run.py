@@ -138,6 +138,17 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops(
     assert report.best_step == 10
 
 
+def test_five_looks_without_a_better_one_end_it(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be worse than the input for longer than that, while it comes back."""
+    looks = iter([1.0, 1.9, 1.7, 1.5, 1.4, 1.3, 1.2, 0.9, *[0.95] * 20])
+    monkeypatch.setattr(Distillation, "held_out", lambda self, tokens: next(looks))
+    report, _ = run(tiny_heal(family, tmp_path / "out", every=2))
+    assert report.stopped == "no better on held-out text for 5 looks, at step 24"
+    assert (report.best_step, report.held_out_before) == (14, 1.0)
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings", "options"),
     [
