@@ -30,7 +30,7 @@ _DIVERGED = 3.0
 # Steps whose median tells a run that diverges.
 _RECENT = 5
 # Looks at the held-out text, none better than an earlier one of the trained model, before a run ends early. The
-# input does not count: where it has lost little, the optimizer's first steps cost more than the next ones give back.
+# input does not count: where it has lost little, the optimizer's first steps cost more than the next give back.
 _PATIENCE = 5
 # Seconds without a line, where looks are far apart.
 _SILENCE = 60.0
