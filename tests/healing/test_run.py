@@ -12,6 +12,7 @@ import torch
 
 from pifa_vllm.checkpoint import Checkpoint, Shards
 from pifa_vllm.cli import main
+from pifa_vllm.compression.allocation import uniform
 from pifa_vllm.compression.calibration.token_file import write_tokens
 from pifa_vllm.compression.report.schema import HealingReport
 from pifa_vllm.errors import CalibrationError, CheckpointError, PifaError, UnsupportedModelError
@@ -184,13 +185,15 @@ def test_what_compress_reported_is_told_on(family: Family, tmp_path: Path) -> No
     from pifa_vllm.compression.report.schema import Evaluation
 
     compressed = tmp_path / "compressed"
-    Compression(tiny_options(family.dense, compressed, family.text), Recorder()).run("test")
+    # Low enough that there is something to heal.
+    options = tiny_options(family.dense, compressed, family.text, density=uniform(0.4))
+    Compression(options, Recorder()).run("test")
     report = read_report(compressed)
     measured = [Evaluation(model=x, value=9.0, data="text") for x in ("dense", report.method)]
     (compressed / "compression_report.json").write_text(
         report.model_copy(update={"evaluation": measured}).model_dump_json()
     )
-    healing, _ = run(tiny_heal(family, tmp_path / "out", model=compressed, lr=1e-4))
+    healing, _ = run(tiny_heal(family, tmp_path / "out", model=compressed))
     told = read_report(tmp_path / "out")
     assert told.healing == [healing]
     assert (tmp_path / "out" / "recipe.yaml").read_bytes() == (compressed / "recipe.yaml").read_bytes()
