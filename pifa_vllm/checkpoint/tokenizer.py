@@ -13,7 +13,7 @@ def load_tokenizer(directory: Path) -> Any:
     """Load the tokenizer of a local model directory, dense or PIFA, running no code from it.
 
     Raises:
-        CheckpointError: if there is none that can be loaded.
+        CheckpointError: if there is none that can be loaded, or the checkpoint around it is damaged.
     """
     if not directory.is_dir():
         # transformers would take it for a name on the Hub.
@@ -23,6 +23,8 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except CheckpointError:  # of the configuration beside it, which transformers reads first
+        raise
     except Exception as error:  # several libraries parse these files, and some raise bare Exception
         raise CheckpointError(
             f"{directory}: the tokenizer cannot be loaded ({type(error).__name__}: "

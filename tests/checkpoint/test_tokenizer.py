@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,15 @@ def test_none_or_a_damaged_one_is_refused_in_one_paragraph(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="the tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_not_laid_to_the_tokenizer(twins: Twins, tmp_path: Path) -> None:
+    model = shutil.copytree(twins.pifa, tmp_path / "model")
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=shard.name) as caught:
+        load_tokenizer(model)
+    assert "tokenizer" not in str(caught.value)
 
 
 def test_code_beside_it_is_not_run(tmp_path: Path) -> None:
