@@ -92,12 +92,12 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
         # Every layer's states, and what they say of its modules; then the flows, beside the latter.
         metrics = sum(8 * (min(x.m, x.n) + 1) for x in linears) + model.layers * _HEADER_BYTES
         if options.effective_metric == "outputs":
-            metrics += sum(4 * x.m**2 for x in linears)
+            metrics += sum(map(_outputs_bytes, linears))
         asked = options.effective_gradient_samples * options.length
         disk = metrics + max(disk, (model.layers + 3) * asked * hidden * itemsize)
         # One sequence's activations for the backward pass, the moments, and the head.
         activations = 14 * hidden + 6 * max(x.m for x in first)
-        moments = sum(4 * x.m**2 for x in first) + 4 * (3 * hidden**2 + widest**2)
+        moments = sum(map(_outputs_bytes, first)) + 4 * (3 * hidden**2 + widest**2)
         head = 4 * int(model.config.vocab_size) * hidden
         memory = max(
             memory, _BASE_BYTES + moments + max(4 * (layer_parameters + options.length * activations), head)
@@ -106,6 +106,11 @@ def estimate(model: DenseModel, options: CompressOptions, kept: int) -> Estimate
         # The whole model samples before the first layer is read.
         memory = max(memory, _BASE_BYTES + sum(entry.nbytes for entry in model.shards.entries.values()))
     return Estimate(memory, mapped, disk, seconds, tokens)
+
+
+def _outputs_bytes(linear: LinearShape) -> int:
+    """Of a module's S, see `sensitivity`."""
+    return 4 * (linear.m if linear.m > linear.n else linear.m**2)
 
 
 def _layer_flops(linears: list[LinearShape], options: CompressOptions, tokens: int) -> float:
@@ -119,7 +124,9 @@ def _layer_flops(linears: list[LinearShape], options: CompressOptions, tokens: i
         asked = options.effective_gradient_samples * options.length
         # Forward, and forward and backward once more, without gradients of the weights.
         forward += 3.0 * 2.0 * asked * sum(x.m * x.n for x in linears)
-        moments += sum(1.3 * asked * x.m**2 for x in linears) + sum(1.3 * asked * n**2 for n in widths)
+        moments += sum(1.3 / 4 * asked * _outputs_bytes(x) for x in linears) + sum(
+            1.3 * asked * n**2 for n in widths
+        )
     # Cholesky, triangular solves, one eigendecomposition on the smaller side, pivots.
     solves = sum(4.0 * x.n**3 + 12.0 * min(x.m, x.n) ** 3 + 4.0 * x.m * x.n * min(x.m, x.n) for x in linears)
     return forward + attention + moments + _SOLVE_SLOWDOWN * solves

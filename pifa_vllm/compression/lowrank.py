@@ -5,7 +5,8 @@ W is [m, n] and acts on inputs x [n]. The inputs enter only through second momen
     G = E[x xᵀ]     [n, n], x the inputs in the compressed model
     H = E[x_o xᵀ]   [n, n], x_o the inputs of the same tokens in the dense model
     D = E[(h_o - h) xᵀ]   [m, n], what the residual stream has lost where the layer's output is added to it
-    S = E[g gᵀ]     [m, m], g the gradient of the dense model's loss at W x (`pifa_vllm.compression.sensitivity`)
+    S = E[g gᵀ]     [m, m], g the gradient of the dense model's loss at W x (`pifa_vllm.compression.sensitivity`);
+                    or its diagonal [m]
 
 All functions compute in float64 and return factors U [m, r], V [r, n] with W' = U V.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 Factors = tuple[Tensor, Tensor]
+_Map = Callable[[Tensor], Tensor]
 
 # Of S, in units of its mean diagonal. S is of few tokens: a change in directions that it takes for free is not, and
 # on SmolLM2-135M cuts did better with 1 than with 0.1. Modules are told apart better with less of it.
@@ -50,14 +52,14 @@ def whitened_svd(
         gram: G [n, n].
         rank: r, at most min(m, n).
         ridge: added to G's diagonal, in units of its mean.
-        outputs: S [m, m], to which `OUTPUT_RIDGE` is added likewise; None is the identity.
+        outputs: S [m, m] or [m], to which `OUTPUT_RIDGE` is added likewise; None is the identity.
     """
     metric = regularised(gram.double(), ridge)
     if outputs is None:
         return _project(weight.double(), metric, rank)
     # S = A Aᵀ, and what is cut is Aᵀ W.
-    root, solve = _square_root(regularised(outputs.double(), OUTPUT_RIDGE))
-    u, v = _project(root.T @ weight.double(), metric, rank)
+    apply, solve = _output_root(outputs, OUTPUT_RIDGE)
+    u, v = _project(apply(weight.double()), metric, rank)
     return solve(u), v
 
 
@@ -70,7 +72,7 @@ def tail_losses(
         weight: W [m, n].
         gram: G [n, n].
         ridge: added to G's diagonal, in units of its mean.
-        outputs: S [m, m].
+        outputs: S [m, m] or [m].
         outputs_ridge: added to S's diagonal, likewise.
 
     Returns:
@@ -78,8 +80,7 @@ def tail_losses(
     """
     m, n = weight.shape
     metric = regularised(gram.double(), ridge)
-    root, _ = _square_root(regularised(outputs.double(), outputs_ridge))
-    left = root.T @ weight.double()
+    left = _output_root(outputs, outputs_ridge)[0](weight.double())
     if m <= n:
         square = left @ metric @ left.T
     else:
@@ -87,6 +88,15 @@ def tail_losses(
         square = left.T @ left
     energies = torch.linalg.eigvalsh((square + square.T) / 2).clamp(min=0.0)  # σ², ascending
     return torch.cat([energies.cumsum(0).flip(0), energies.new_zeros(1)]) / 2
+
+
+def _output_root(outputs: Tensor, ridge: float) -> tuple[_Map, _Map]:
+    """b ↦ Aᵀ b and b ↦ A⁻ᵀ b for S + αI = A Aᵀ."""
+    if outputs.ndim == 1:
+        root = (outputs.double() + _alpha(outputs, ridge)).sqrt()[:, None]  # [m, 1]
+        return lambda b: root * b, lambda b: b / root
+    root, solve = _square_root(regularised(outputs.double(), ridge))
+    return lambda b: root.T @ b, solve
 
 
 def target_cross(weight: Tensor, gram: Tensor, cross: Tensor, mix: float) -> Tensor:
@@ -131,7 +141,8 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor) -> float:
 
 
 def _alpha(gram: Tensor, ridge: float) -> float:
-    mean = float(gram.diagonal().double().mean())
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    mean = float(diagonal.double().mean())
     # A layer whose inputs are all zero says nothing; any positive metric serves it.
     return ridge * mean if mean > 0.0 else 1.0
 

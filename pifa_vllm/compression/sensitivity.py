@@ -3,7 +3,8 @@
 One forward and one backward pass of the dense model over some of the calibration tokens, a decoder layer in memory
 at a time, give per module
 
-    S = E[g gᵀ]   [m, m], g the gradient of the loss with respect to the module's outputs at a token
+    S = E[g gᵀ]   [m, m], g the gradient of the loss with respect to the module's outputs at a token; where m > n,
+                  as for gate and up, its diagonal [m], which says as much there
     G = E[x xᵀ]   [n, n], of its inputs
 
 The loss is -log p of a token that the model itself draws at every position, so that E[g gᵀ] is the Fisher
@@ -46,7 +47,7 @@ class Sensitivity:
         ridge: of the inputs' metric, see `lowrank.tail_losses`.
         seed: of the tokens that the model draws.
         device: where to compute.
-        keep_outputs: whether S is kept, which takes 4 m² bytes a module.
+        keep_outputs: whether S is kept, which takes up to 4 m² bytes a module.
 
     Raises:
         CheckpointError: if the directory cannot be created.
@@ -75,7 +76,7 @@ class Sensitivity:
         make_directory(directory)
 
     def outputs(self, layer: int) -> dict[str, Tensor]:
-        """S [m, m], float32, by path in the layer; of a pass that keeps it.
+        """S [m, m] or [m], float32, by path in the layer; of a pass that keeps it.
 
         Raises:
             PifaError: if its file cannot be read.
@@ -232,11 +233,12 @@ class _Observed:
 
     def __init__(self, staged: StagedLayer, device: torch.device) -> None:
         self.inputs: dict[str, Moments] = {}
-        self.outputs: dict[str, Moments] = {}
+        self.outputs: dict[str, Moments | _Squares] = {}
         for group, modules in GROUPS.items():
             for module in modules:
                 linear = staged.linears[module]
-                self.outputs[module] = Moments(linear.out_features, device, dense_gram=True)
+                m, wide = linear.out_features, linear.out_features > linear.in_features
+                self.outputs[module] = _Squares(m, device) if wide else Moments(m, device, dense_gram=True)
                 linear.register_forward_hook(self._watch(self.outputs[module]))
             self.inputs[group] = Moments(linear.in_features, device, dense_gram=True)
             linear.register_forward_pre_hook(self._enter(self.inputs[group]))
@@ -250,11 +252,27 @@ class _Observed:
         return hook
 
     @staticmethod
-    def _watch(moments: Moments) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    def _watch(moments: Moments | _Squares) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor], outputs: Tensor) -> None:
             outputs.register_hook(lambda gradient: moments.add(gradient, gradient))  # type: ignore[no-untyped-call]  # torch's
 
         return hook
+
+
+class _Squares:
+    """The diagonal of what `Moments` has."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(features, device=device)
+        self._tokens = 0
+
+    def add(self, gradient: Tensor, _: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1]).float()
+        self._sum += rows.square().sum(dim=0)
+        self._tokens += len(rows)
+
+    def gram(self) -> Tensor:
+        return self._sum.double() / max(self._tokens, 1)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

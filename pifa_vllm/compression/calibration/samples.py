@@ -1,7 +1,8 @@
 """Calibration tokens: from a text file, a JSONL file, a Hugging Face dataset, or the model itself.
 
 Text is treated as the field does it (GPTQ, SparseGPT, SVD-LLM): documents are joined to one stream of tokens
-without special tokens between them, and windows of equal length are cut from it at uniformly random starts.
+without special tokens between them, and windows of equal length are cut from it at random starts; here so that no
+two share a token, since what is fitted to some windows is judged on others.
 """
 
 from __future__ import annotations
@@ -158,12 +159,14 @@ def load_sequences(
 def _windows(
     spec: str, tokenizer: Any, *, samples: int, length: int, seed: int, field: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Cut windows at random starts from a source's stream: int64 [samples, length], and its record."""
+    """Cut disjoint windows at random starts from a source's stream: int64 [samples, length], and its record."""
     stream, record = _stream(spec, tokenizer, field, needed=samples * length, least=samples * length)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, stream.size - length + 1, (samples,), generator=generator)
+    gaps = torch.randint(0, stream.size - samples * length + 1, (samples,), generator=generator)
+    starts = gaps.sort().values + length * torch.arange(samples)
+    starts = starts[torch.randperm(samples, generator=generator)]
     tokens = np.stack([stream[start : start + length] for start in starts.tolist()])
-    return torch.from_numpy(tokens.astype(np.int64)), {**record, "windows": "uniformly random starts"}
+    return torch.from_numpy(tokens.astype(np.int64)), {**record, "windows": "disjoint, at random starts"}
 
 
 def _stream(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -56,13 +57,23 @@ def test_windows_of_a_text_file_are_pieces_of_it(model: Path, tmp_path: Path) ->
         "characters": len(TEXT),
         "tokens_available": len(whole),
         "whole_source_read": True,
-        "windows": "uniformly random starts",
+        "windows": "disjoint, at random starts",
         "samples": 4,
         "length": 32,
         "seed": 0,
         "tokenizer_vocabulary": 258,
     }
     json.dumps(drawn.record)
+
+
+@pytest.mark.parametrize("characters", [4 * 32, 4 * 32 + 1, 200, 5000])
+def test_windows_share_no_token(model: Path, tmp_path: Path, characters: int) -> None:
+    text = "".join(f"{i:04d}" for i in range(2000))[:characters]
+    whole = load_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    for seed in range(3):
+        rows = draw(text_file(tmp_path / "some.txt", text), model, seed=seed).tokens.tolist()
+        places = sorted(next(i for i in range(len(whole)) if whole[i : i + 32] == row) for row in rows)
+        assert all(after - before >= 32 for before, after in itertools.pairwise(places))
 
 
 def test_the_seed_decides(model: Path, tmp_path: Path) -> None:
