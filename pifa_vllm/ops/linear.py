@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import linear
 
 from pifa_vllm.factorization import remaining_rows
 from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.quantization import DTYPES, GROUP_SIZES, groups, row_width
 
 
 def pifa_linear(
@@ -20,23 +22,32 @@ def pifa_linear(
     ranks: Sequence[int],
     out_features: Sequence[int],
     bias: Tensor | None = None,
+    pivot_scale: Tensor | None = None,
+    coefficient_scale: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     """Compute y = x Wᵀ + b for matrices in pivoting form (arXiv 2501.19090, section 3).
 
-    W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Shapes,
-    dtypes and devices are checked on every call; that the rows of `out_rows` are a permutation is for whoever
-    loads them to check (`checkpoint.check_pivot_rows`).
+    W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Their factors
+    may be quantized (`pifa_vllm.quantization`), each kind of factor with one kind of numbers, and all with one size
+    of groups. Shapes, dtypes and devices are checked on every call; that the rows of `out_rows` are a permutation
+    is for whoever loads them to check (`checkpoint.check_pivot_rows`).
 
     Args:
         x: [..., n], float32, bfloat16 or float16; any strides.
-        pivot_weight: [Σr, n], the pivot rows of all matrices, stacked, in the dtype of x.
-        coefficients: [Σ (m_i - r_i) r_i], the matrices [m_i - r_i, r_i] one after another; r_i may be 0 or m_i.
+        pivot_weight: [Σr, n], the pivot rows of all matrices, stacked, in the dtype of x; or quantized,
+            [Σr, row_width(n)].
+        coefficients: [Σ (m_i - r_i) r_i], the matrices [m_i - r_i, r_i] one after another; r_i may be 0 or m_i. Or
+            quantized, like the pivot rows.
         out_rows: int32 [Σm], the output column of each stacked row, where the stack is
             [all pivot rows; remaining rows of matrix 0; of matrix 1; ...] (see `stacked_rows`). None leaves the
             outputs in that order, as a dense matrix (r = m) needs it.
         ranks: r_i.
         out_features: m_i.
-        bias: [Σm] in output order, or None.
+        bias: [Σm] in the dtype of x and in output order, or None.
+        pivot_scale: float16 [Σr, groups(n)], if the factors are quantized.
+        coefficient_scale: float16, the matrices [m_i - r_i, groups(r_i)] one after another, likewise.
+        group_size: numbers of a row that share a scale, 32, 64, 128 or 256; 0 for all of them.
 
     Returns:
         [..., Σm] in the dtype of x, contiguous.
@@ -44,11 +55,13 @@ def pifa_linear(
     Raises:
         ValueError: if an argument has a shape, dtype, device or layout that does not fit the others.
     """
-    trained = x.requires_grad or pivot_weight.requires_grad or coefficients.requires_grad
-    if torch.is_grad_enabled() and (trained or (bias is not None and bias.requires_grad)):
+    arguments = (x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    scales = (pivot_scale, coefficient_scale, group_size)
+    trained = (x, pivot_weight, coefficients, bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained):
         # The kernels have no backward pass; training and torch.func take the torch ops.
-        return pifa_linear_reference(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
-    y: Tensor = torch.ops.pifa.linear(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+        return pifa_linear_reference(*arguments, *scales)
+    y: Tensor = torch.ops.pifa.linear(*arguments, *scales)
     return y
 
 
@@ -76,6 +89,9 @@ def check_arguments(
     ranks: Sequence[int],
     out_features: Sequence[int],
     bias: Tensor | None,
+    pivot_scale: Tensor | None = None,
+    coefficient_scale: Tensor | None = None,
+    group_size: int = 0,
 ) -> None:
     """Check what a kernel takes for granted, before it launches anything.
 
@@ -89,12 +105,30 @@ def check_arguments(
     for i, (r, m) in enumerate(zip(ranks, out_features, strict=True)):
         if not 0 <= r <= m:
             raise ValueError(f"pifa::linear: ranks[{i}]: expected 0 to {m}, found {r}.")
-    numbers = sum((m - r) * r for r, m in zip(ranks, out_features, strict=True))
+    if (pivot_scale is None) != (coefficient_scale is None):
+        raise ValueError("pifa::linear: expected scales of both factors or of none, found those of one.")
+    stored = {"pivot_weight": x.dtype, "coefficients": x.dtype}
+    if pivot_scale is not None:
+        for name, factor in (("pivot_weight", pivot_weight), ("coefficients", coefficients)):
+            stored[name] = factor.dtype
+            if factor.dtype not in DTYPES.values():
+                raise ValueError(
+                    f"pifa::linear: {name}: expected int8, uint8 or float8_e4m3fn with scales, "
+                    f"found {factor.dtype}."
+                )
+        if group_size not in (0, *GROUP_SIZES):
+            raise ValueError(f"pifa::linear: group_size: expected 0, 32, 64, 128 or 256, found {group_size}.")
+    n, rest = x.shape[-1], [(m - r, r) for r, m in zip(ranks, out_features, strict=True)]
+    width = row_width(n, stored["pivot_weight"])
+    numbers = sum(rows * row_width(r, stored["coefficients"]) for rows, r in rest)
+    scales = sum(rows * groups(r, group_size) for rows, r in rest)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
-        "pivot_weight": (pivot_weight, (sum(ranks), x.shape[-1]), x.dtype),
-        "coefficients": (coefficients, (numbers,), x.dtype),
+        "pivot_weight": (pivot_weight, (sum(ranks), width), stored["pivot_weight"]),
+        "coefficients": (coefficients, (numbers,), stored["coefficients"]),
         "out_rows": (out_rows, (sum(out_features),), torch.int32),
         "bias": (bias, (sum(out_features),), x.dtype),
+        "pivot_scale": (pivot_scale, (sum(ranks), groups(n, group_size)), torch.float16),
+        "coefficient_scale": (coefficient_scale, (scales,), torch.float16),
     }
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is None:
@@ -113,17 +147,9 @@ def check_arguments(
             )
 
 
-def _checked_reference(
-    x: Tensor,
-    pivot_weight: Tensor,
-    coefficients: Tensor,
-    out_rows: Tensor | None,
-    ranks: Sequence[int],
-    out_features: Sequence[int],
-    bias: Tensor | None,
-) -> Tensor:
-    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
-    return pifa_linear_reference(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+def _checked_reference(x: Tensor, *arguments: Any) -> Tensor:
+    check_arguments(x, *arguments)
+    return pifa_linear_reference(x, *arguments)
 
 
 def _cuda(
@@ -134,8 +160,12 @@ def _cuda(
     ranks: Sequence[int],
     out_features: Sequence[int],
     bias: Tensor | None,
+    *scales: Any,
 ) -> Tensor:
-    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    arguments = (x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
+    check_arguments(*arguments, *scales)
+    if pivot_weight.dtype != x.dtype:
+        return pifa_linear_reference(*arguments, *scales)
     if out_rows is None and coefficients.numel() == 0:
         return linear(x, pivot_weight, bias)  # a dense matrix
     if out_rows is None:
@@ -157,7 +187,7 @@ def _fake(
     out_rows: Tensor | None,
     ranks: Sequence[int],
     out_features: Sequence[int],
-    bias: Tensor | None,
+    *others: Any,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(out_features)))
 
@@ -165,7 +195,8 @@ def _fake(
 _library = torch.library.Library("pifa", "DEF")  # type: ignore[no-untyped-call]  # torch has no annotations here
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor pivot_weight, Tensor coefficients, Tensor? out_rows, int[] ranks, "
-    "int[] out_features, Tensor? bias) -> Tensor"
+    "int[] out_features, Tensor? bias, Tensor? pivot_scale=None, Tensor? coefficient_scale=None, "
+    "int group_size=0) -> Tensor"
 )
 # The native CPU kernel (`pifa_vllm.ops.cpu`) takes precedence over this one from the moment it is loaded.
 _library.impl("linear", _checked_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

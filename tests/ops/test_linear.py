@@ -10,6 +10,7 @@ from pifa_vllm.factorization import remaining_rows
 from pifa_vllm.ops import pifa_linear, stacked_rows
 from pifa_vllm.ops.linear import check_arguments
 from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.quantization import DTYPES, GROUP_SIZES
 from tests.ops.factors import TOLERANCE, Layer, check
 
 
@@ -29,6 +30,38 @@ def test_equals_the_dense_product(shapes, n, leading, with_bias, dtype, seed):
     x = torch.randn(*leading, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
     check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
     check(pifa_linear_reference(x, *layer.arguments()), layer.expected(x), dtype)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 70), st.floats(0.0, 1.0)), min_size=1, max_size=3),
+    n=st.integers(1, 70),
+    leading=st.sampled_from([(), (1,), (5,), (40,), (0,), (2, 3)]),
+    stored=st.tuples(*[st.sampled_from(list(DTYPES.values()))] * 2),
+    group_size=st.sampled_from([0, *GROUP_SIZES]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 2**31),
+)
+def test_quantized_factors_are_multiplied_as_what_they_stand_for(
+    shapes, n, leading, stored, group_size, with_bias, dtype, seed
+):
+    ranks, out_features = [round(share * m) for m, share in shapes], [m for m, _ in shapes]
+    layer = Layer.random(ranks, out_features, n, with_bias=with_bias, seed=seed)
+    layer.bias = None if layer.bias is None else layer.bias.to(dtype)
+    arguments, stands_for = layer.quantized(*stored, group_size)
+    x = torch.randn(*leading, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    tolerance = max(TOLERANCE[dtype], 1e-4)
+    check(pifa_linear(x, *arguments), stands_for.expected(x), dtype, tolerance)
+    check(pifa_linear_reference(x, *arguments), stands_for.expected(x), dtype)
+
+
+def test_gradients_reach_the_input_of_quantized_factors():
+    arguments, stands_for = Layer.random([5], [12], 8, with_bias=True).quantized(torch.int8, torch.uint8, 0)
+    x = torch.randn(4, 8, requires_grad=True)
+    pifa_linear(x, *arguments).square().sum().backward()
+    wanted = torch.autograd.grad(stands_for.expected(x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, wanted.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_stacked_rows_say_where_each_output_goes():
@@ -97,7 +130,10 @@ def test_compiled_training_has_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_a_well_behaved_op(tokens, dtype):
     arguments = Layer.random([9, 8], [24, 8], 16, dtype, with_bias=True).arguments()
-    torch.library.opcheck(torch.ops.pifa.linear, (torch.randn(tokens, 16).to(dtype), *arguments))
+    x = torch.randn(tokens, 16).to(dtype)
+    torch.library.opcheck(torch.ops.pifa.linear, (x, *arguments))
+    quantized, _ = Layer.random([9, 8], [24, 8], 16).quantized(torch.uint8, torch.int8, 32)
+    torch.library.opcheck(torch.ops.pifa.linear, (x, *quantized))
 
 
 def bad_arguments():
@@ -118,9 +154,32 @@ def bad_arguments():
     yield change(5, lambda b: b[1:]), r"bias: expected shape \[12\], found \[11\]"
     yield change(5, lambda b: b.to("meta")), "bias: expected on cpu like x, found meta"
 
+    def quantized(index, value):
+        arguments, _ = Layer.random([5], [12], 40).quantized(torch.uint8, torch.int8, 32)
+        arguments[index] = value(arguments[index]) if callable(value) else value
+        return arguments
+
+    yield (
+        quantized(0, lambda w: w.short()),
+        "pivot_weight: expected int8, uint8 or float8_e4m3fn",
+    )
+    yield (
+        quantized(0, lambda w: w[:, :20].contiguous()),
+        r"pivot_weight: expected shape \[5, 32\], found \[5, 20\]",
+    )
+    yield quantized(1, lambda c: c[1:]), r"coefficients: expected shape \[35\], found \[34\]"
+    yield quantized(6, None), "expected scales of both factors or of none, found those of one"
+    yield quantized(6, lambda s: s.float()), r"pivot_scale: expected .*(Half|float16), found .*[fF]loat"
+    yield (
+        quantized(6, lambda s: s[:, :1].contiguous()),
+        r"pivot_scale: expected shape \[5, 2\], found \[5, 1\]",
+    )
+    yield quantized(7, lambda s: s[1:]), r"coefficient_scale: expected shape \[7\], found \[6\]"
+    yield quantized(8, 48), "group_size: expected 0, 32, 64, 128 or 256, found 48"
+
 
 @pytest.mark.parametrize(("arguments", "message"), list(bad_arguments()))
 def test_bad_arguments_are_named(arguments, message):
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8 if len(arguments) == 6 else 40)
     with pytest.raises(ValueError, match=message):
         check_arguments(x, *arguments)

@@ -1,15 +1,21 @@
 // pifa::linear on the CPU: checks, then the kernel for the number of tokens.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/repeat_interleave.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <type_traits>
+#include <utility>
 
 #include "decode.h"
 #include "dot_blocks.h"
 #include "prefill.h"
+#include "quantized_decode.h"
+#include "quantized_prefill.h"
 
 namespace pifa {
 namespace {
@@ -40,6 +46,16 @@ const T* data(const at::Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
+struct Scratch {
+  at::TensorOptions options;
+  mutable at::Tensor buffer = {};
+
+  float* operator()(int64_t floats) const {
+    buffer = at::empty({floats}, options.dtype(at::kFloat));
+    return static_cast<float*>(buffer.mutable_data_ptr());
+  }
+};
+
 // x [.., n] to y, contiguous both, y not empty. The number of tokens at which one kernel overtakes the next does not
 // depend on the layer: it is where vectors over tokens are full enough, and where bytes stop to matter.
 template <typename W>
@@ -48,11 +64,7 @@ void run(const Layer<W>& layer, const at::Tensor& x, at::Tensor& y) {
   const int threads = at::get_num_threads();
   const W* const in = data<W>(x);
   W* const out = static_cast<W*>(y.mutable_data_ptr());
-  at::Tensor buffer;
-  const auto scratch = [&](int64_t floats) {
-    buffer = at::empty({floats}, x.options().dtype(at::kFloat));
-    return static_cast<float*>(buffer.mutable_data_ptr());
-  };
+  const Scratch scratch{x.options()};
   const auto few = [&](auto rows) {
     using Rows = decltype(rows);
     decode<Rows>(layer, in, out, int(tokens), scratch(decode_scratch<Rows>(layer)), threads);
@@ -67,21 +79,39 @@ void run(const Layer<W>& layer, const at::Tensor& x, at::Tensor& y) {
   else prefill<1>(layer, in, out, tokens, scratch, threads);
 }
 
-template <typename W>
-Layer<W> layer_of(const at::Tensor& pivot_weight, const at::Tensor& coefficients, at::IntArrayRef ranks,
-                  at::IntArrayRef out_features) {
-  Layer<W> layer{};
-  layer.n = pivot_weight.size(1);
-  layer.pivots = pivot_weight.size(0);
-  layer.pivot_weight = data<W>(pivot_weight);
-  const W* next = data<W>(coefficients);
-  int64_t pivot = 0, rest = layer.pivots;
+template <typename X>
+void run(const Layer<X, Quantized>& layer, const at::Tensor& x, at::Tensor& y) {
+  const int64_t tokens = y.numel() / layer.outputs;
+  const int threads = at::get_num_threads();
+  const X* const in = data<X>(x);
+  X* const out = static_cast<X*>(y.mutable_data_ptr());
+  const Scratch scratch{x.options()};
+  const auto few = [&](auto t) {
+    constexpr int kTokens = decltype(t)::value;
+    quantized_decode<kTokens>(layer, in, out, scratch(quantized_decode_scratch<kTokens>(layer, threads)), threads);
+  };
+  if (tokens == 1) few(std::integral_constant<int, 1>{});
+  else if (tokens == 2) few(std::integral_constant<int, 2>{});
+  else if (tokens == 3) few(std::integral_constant<int, 3>{});
+  else if (tokens == 4) few(std::integral_constant<int, 4>{});
+  else if (tokens > kLanes) quantized_prefill<2>(layer, in, out, tokens, scratch, threads);
+  else quantized_prefill<1>(layer, in, out, tokens, scratch, threads);
+}
+
+// next(rows, k) gives the shards' coefficients, one matrix after another.
+template <typename X, typename M, typename Next>
+Layer<X, M> layer_of(int64_t n, int64_t pivots, const M& pivot_weight, at::IntArrayRef ranks,
+                     at::IntArrayRef out_features, const Next& next) {
+  Layer<X, M> layer{};
+  layer.n = n;
+  layer.pivots = pivots;
+  layer.pivot_weight = pivot_weight;
+  int64_t pivot = 0, rest = pivots;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    const Shard<W> shard{ranks[i], out_features[i] - ranks[i], next, pivot, rest};
-    layer.shards.push_back(shard);
-    next += shard.rest * shard.rank;
-    pivot += shard.rank;
-    rest += shard.rest;
+    const int64_t rows = out_features[i] - ranks[i];
+    layer.shards.push_back({ranks[i], rows, next(rows, ranks[i]), pivot, rest});
+    pivot += ranks[i];
+    rest += rows;
   }
   layer.outputs = rest;
   return layer;
@@ -110,30 +140,96 @@ void run_library(const at::Tensor& x, const at::Tensor& pivot_weight, const at::
   if (bias) flat.add_(*bias);
 }
 
+int64_t width(at::ScalarType stored, int64_t k) { return stored == at::kByte ? Int4::width(k) : k; }
+int64_t groups(int64_t k, int64_t group_size) {
+  return group_size > 0 ? (k + group_size - 1) / group_size : std::min<int64_t>(k, 1);
+}
+
+void check_quantized(const at::Tensor& tensor, const char* name) {
+  const auto stored = tensor.scalar_type();
+  TORCH_CHECK_VALUE(stored == at::kChar || stored == at::kByte || stored == at::kFloat8_e4m3fn, "pifa::linear: ", name,
+                    ": expected int8, uint8 or float8_e4m3fn with scales, found ", stored, ".");
+}
+
 at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
                   const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
-                  const OptionalTensor& bias) {
+                  const OptionalTensor& bias, const OptionalTensor& pivot_scale, const OptionalTensor& coefficient_scale,
+                  int64_t group_size);
+
+// With numbers of 8-bit floats, which no CPU is made for.
+at::Tensor linear_by_float(const at::Tensor& x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
+                           const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
+                           const OptionalTensor& bias, const at::Tensor& pivot_scale,
+                           const at::Tensor& coefficient_scale, int64_t group_size) {
+  const auto wide = [&](const at::Tensor& numbers, const at::Tensor& scale, int64_t rows, int64_t k) {
+    const int64_t size = group_size > 0 ? group_size : std::max<int64_t>(k, 1);
+    const at::Tensor spread = at::repeat_interleave(scale.view({rows, groups(k, group_size)}).to(at::kFloat), size, 1);
+    return numbers.view({rows, k}).to(at::kFloat).mul_(spread.narrow(1, 0, k));
+  };
+  std::vector<at::Tensor> matrices{at::empty({0}, x.options().dtype(at::kFloat))};
+  int64_t number = 0, scale = 0;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    const int64_t rest = out_features[i] - ranks[i], scales = rest * groups(ranks[i], group_size);
+    matrices.push_back(wide(coefficients.narrow(0, number, rest * ranks[i]),
+                            coefficient_scale.narrow(0, scale, scales), rest, ranks[i])
+                           .flatten());
+    number += rest * ranks[i];
+    scale += scales;
+  }
+  const OptionalTensor wide_bias = bias ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
+  const at::Tensor weight = wide(pivot_weight, pivot_scale, pivot_weight.size(0), x.size(-1));
+  return linear(x.to(at::kFloat), weight, at::cat(matrices), out_rows, ranks, out_features, wide_bias, {}, {}, 0)
+      .to(x.scalar_type());
+}
+
+at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
+                  const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
+                  const OptionalTensor& bias, const OptionalTensor& pivot_scale, const OptionalTensor& coefficient_scale,
+                  int64_t group_size) {
   const auto dtype = any_x.scalar_type();
   TORCH_CHECK_VALUE(any_x.dim() >= 1, "pifa::linear: x: expected [..., features], found a scalar.");
   TORCH_CHECK_VALUE(ranks.size() == out_features.size(), "pifa::linear: expected as many ranks as out_features, found ",
                     ranks.size(), " and ", out_features.size(), ".");
-  int64_t pivots = 0, outputs = 0, numbers = 0;
+  TORCH_CHECK_VALUE(pivot_scale.has_value() == coefficient_scale.has_value(),
+                    "pifa::linear: expected scales of both factors or of none, found those of one.");
+  const bool quantized = pivot_scale.has_value();
+  if (quantized) {
+    check_quantized(pivot_weight, "pivot_weight");
+    check_quantized(coefficients, "coefficients");
+    TORCH_CHECK_VALUE(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256,
+                      "pifa::linear: group_size: expected 0, 32, 64, 128 or 256, found ", group_size, ".");
+  }
+  const auto of_weight = quantized ? pivot_weight.scalar_type() : dtype;
+  const auto of_coefficients = quantized ? coefficients.scalar_type() : dtype;
+  const int64_t n = any_x.size(-1);
+  int64_t pivots = 0, outputs = 0, numbers = 0, scales = 0;
   for (size_t i = 0; i < ranks.size(); ++i) {
     TORCH_CHECK_VALUE(0 <= ranks[i] && ranks[i] <= out_features[i], "pifa::linear: ranks[", i, "]: expected 0 to ",
                       out_features[i], ", found ", ranks[i], ".");
+    const int64_t rest = out_features[i] - ranks[i];
     pivots += ranks[i];
     outputs += out_features[i];
-    numbers += (out_features[i] - ranks[i]) * ranks[i];
+    numbers += rest * width(of_coefficients, ranks[i]);
+    scales += rest * groups(ranks[i], group_size);
   }
-  check(pivot_weight, "pivot_weight", dtype, {pivots, any_x.size(-1)}, any_x);
-  check(coefficients, "coefficients", dtype, {numbers}, any_x);
+  check(pivot_weight, "pivot_weight", of_weight, {pivots, width(of_weight, n)}, any_x);
+  check(coefficients, "coefficients", of_coefficients, {numbers}, any_x);
   if (out_rows) check(*out_rows, "out_rows", at::kInt, {outputs}, any_x);
   if (bias) check(*bias, "bias", dtype, {outputs}, any_x);
+  if (quantized) {
+    check(*pivot_scale, "pivot_scale", at::kHalf, {pivots, groups(n, group_size)}, any_x);
+    check(*coefficient_scale, "coefficient_scale", at::kHalf, {scales}, any_x);
+  }
+  if (of_weight == at::kFloat8_e4m3fn || of_coefficients == at::kFloat8_e4m3fn)
+    return linear_by_float(any_x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *pivot_scale,
+                           *coefficient_scale, group_size);
   if (dtype == at::kHalf) {
     // No CPU serves float16; this is for a look at such a model.
     const auto wide = [](const at::Tensor& tensor) { return tensor.to(at::kFloat); };
+    const auto factor = [&](const at::Tensor& tensor) { return quantized ? tensor : wide(tensor); };
     const OptionalTensor wide_bias = bias ? OptionalTensor(wide(*bias)) : std::nullopt;
-    return linear(wide(any_x), wide(pivot_weight), wide(coefficients), out_rows, ranks, out_features, wide_bias)
+    return linear(wide(any_x), factor(pivot_weight), factor(coefficients), out_rows, ranks, out_features, wide_bias,
+                  pivot_scale, coefficient_scale, group_size)
         .to(at::kHalf);
   }
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16,
@@ -144,16 +240,41 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   shape.back() = outputs;
   at::Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  if (kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > 2 * kLanes) {
+  if (!quantized && kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > 2 * kLanes) {
     run_library(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, y);
     return y;
   }
-  const auto typed = [&](auto zero) {
-    using W = decltype(zero);
-    Layer<W> layer = layer_of<W>(pivot_weight, coefficients, ranks, out_features);
+  const auto finish = [&](auto layer, auto zero) {
+    using X = decltype(zero);
     layer.out_rows = out_rows ? data<int32_t>(*out_rows) : nullptr;
-    layer.bias = bias ? data<W>(*bias) : nullptr;
+    layer.bias = bias ? data<X>(*bias) : nullptr;
     run(layer, x, y);
+  };
+  const auto floats = [&](auto zero) {
+    using X = decltype(zero);
+    const X* next = data<X>(coefficients);
+    const auto matrix = [&](int64_t rows, int64_t k) { return std::exchange(next, next + rows * k); };
+    finish(layer_of<X>(n, pivots, data<X>(pivot_weight), ranks, out_features, matrix), zero);
+  };
+  const auto integers = [&](auto zero) {
+    using X = decltype(zero);
+    const auto matrix = [&](const at::Tensor& numbers, const at::Tensor& scale, int64_t k) {
+      const auto stored = numbers.scalar_type();
+      return Quantized{static_cast<const uint8_t*>(numbers.const_data_ptr()), data<at::Half>(scale), stored == at::kByte,
+                       k, width(stored, k), groups(k, group_size), (group_size > 0 ? group_size : kChunk) / kBlock};
+    };
+    int64_t number = 0, group = 0;
+    const auto shard = [&](int64_t rows, int64_t k) {
+      Quantized found = matrix(coefficients, *coefficient_scale, k);
+      found.numbers += std::exchange(number, number + rows * found.width);
+      found.scales += std::exchange(group, group + rows * found.groups);
+      return found;
+    };
+    finish(layer_of<X>(n, pivots, matrix(pivot_weight, *pivot_scale, n), ranks, out_features, shard), zero);
+  };
+  const auto typed = [&](auto zero) {
+    if (quantized) integers(zero);
+    else floats(zero);
   };
   if (dtype == at::kFloat) typed(float{});
   else typed(bfloat16{});

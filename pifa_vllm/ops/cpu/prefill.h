@@ -86,13 +86,13 @@ void multiply_block(const W* w, int64_t rows, int64_t k, const float* x, int64_t
 
 // Rows of a panel of outputs: the pivot rows, then the remaining rows of each shard, each group up to a multiple of
 // kTileRows.
-template <typename W>
 struct Slots {
   std::vector<int64_t> rest;     // first slot of each shard's remaining rows
   std::vector<int32_t> columns;  // slot of each output column
   int64_t count;
 
-  explicit Slots(const Layer<W>& layer) : columns(layer.outputs), count(tiles_of(layer.pivots) * kTileRows) {
+  template <typename L>
+  explicit Slots(const L& layer) : columns(layer.outputs), count(tiles_of(layer.pivots) * kTileRows) {
     for (const auto& shard : layer.shards) {
       rest.push_back(count);
       count += tiles_of(shard.rest) * kTileRows;
@@ -100,7 +100,8 @@ struct Slots {
   }
 
   // By all threads of a team.
-  void fill(const Layer<W>& layer) {
+  template <typename L>
+  void fill(const L& layer) {
     if (layer.pivots_are_outputs) {
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < layer.pivots; ++i) columns[layer.column(i)] = int32_t(i);
@@ -117,7 +118,7 @@ struct Slots {
 template <int V, typename W, typename Scratch>
 void prefill(const Layer<W>& layer, const W* x, W* y, int64_t tokens, const Scratch& scratch, int threads) {
   constexpr int64_t kPanel = V * kLanes, kBlockTokens = kBlockPanels * kPanel;
-  Slots<W> slots(layer);
+  Slots slots(layer);
   const int64_t ldx = layer.n * kPanel, ldo = slots.count * kPanel;
   const int64_t max_panels = (std::min<int64_t>(tokens, kBlockTokens) + kPanel - 1) / kPanel;
   float* const packed_x = scratch(max_panels * (ldx + ldo) + kBlockRows * kBlockDepth * threads);  // [panel, n, kPanel]

@@ -7,8 +7,6 @@ namespace pifa {
 
 constexpr int64_t kBlockDepth = 256;  // of the inner dimension: a block of activations fits in the first cache
 
-inline vfloat splat(float v) { return v - vfloat{}; }
-
 struct Nothing {
   void operator()(int64_t) const {}
 };

@@ -7,12 +7,12 @@
 namespace pifa {
 
 #if defined(PIFA_LANES)  // tests
-constexpr int kLanes = PIFA_LANES;
 #elif defined(__AVX512F__)
-constexpr int kLanes = 16;
+#define PIFA_LANES 16
 #else
-constexpr int kLanes = 8;
+#define PIFA_LANES 8
 #endif
+constexpr int kLanes = PIFA_LANES;
 
 // The compiler lowers these to whatever the target has; aligned(4) allows unaligned loads.
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
@@ -26,6 +26,8 @@ struct bfloat16 {
 
 inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_unaligned*>(p); }
 inline void store(float* p, vfloat v) { *reinterpret_cast<vfloat_unaligned*>(p) = v; }
+
+inline vfloat splat(float v) { return v - vfloat{}; }
 
 inline float to_float(float v) { return v; }
 inline float to_float(bfloat16 v) {

@@ -19,6 +19,11 @@ for ranks, out_features, n in ODD_SHAPES:
             layer = Layer.random(ranks, out_features, n, dtype, with_bias=tokens == 40)
             x = torch.randn(tokens, n).to(dtype)
             check(pifa_linear(x, *layer.arguments()), layer.expected(x), dtype)
+for tokens in (1, 4, 9, 70):
+    for stored in (torch.int8, torch.uint8):
+        arguments, stands_for = Layer.random([270, 33], [600, 40], 520).quantized(stored, torch.int8, 64)
+        x = torch.randn(tokens, 520)
+        check(pifa_linear(x, *arguments), stands_for.expected(x), torch.float32, 1e-4)
 weight, x = torch.randn(9, 5).bfloat16(), torch.randn(40, 5).bfloat16()
 check(pifa_linear(x, weight, weight.new_empty(0), None, [9], [9]), x.double() @ weight.double().T, torch.bfloat16)
 """

@@ -1,0 +1,103 @@
+"""Matrices of 8- or 4-bit numbers, with a scale for each group of neighbours in a row.
+
+A row of k numbers is stored as one of
+
+    int8           [k]           values in [-127, 127]
+    uint8          [16 ⌈k/32⌉]   values in [-8, 7], two to a byte: of the b-th 16 bytes, byte j has number
+                                 32b + j, plus 8, in its low half and number 32b + 16 + j, plus 8, in its high half;
+                                 8 beyond k
+    float8_e4m3fn  [k]
+
+beside float16 scales, one for every `group_size` numbers or one for the whole row. A number stands for its value
+times its group's scale. Halves of 32 numbers, not neighbours, share a byte because a vector register of bytes then
+comes apart by a mask and a shift, in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 32  # 4-bit numbers that are packed together
+GROUP_SIZES = (32, 64, 128, 256)
+DTYPES = {(8, "int"): torch.int8, (4, "int"): torch.uint8, (8, "float"): torch.float8_e4m3fn}
+_LARGEST = {torch.int8: 127.0, torch.uint8: 7.0, torch.float8_e4m3fn: 448.0}
+_SMALLEST_SCALE = 2.0**-24  # of float16
+
+
+def row_width(k: int, dtype: torch.dtype) -> int:
+    """Elements of `dtype` that a row of k numbers takes."""
+    return -(-k // BLOCK) * (BLOCK // 2) if dtype == torch.uint8 else k
+
+
+def groups(k: int, group_size: int) -> int:
+    """Scales of a row of k numbers: one for every `group_size` of them, or where that is 0, one."""
+    return -(-k // group_size) if group_size else min(k, 1)
+
+
+def fit_scales(values: Tensor, dtype: torch.dtype, group_size: int, clip: float = 1.0) -> Tensor:
+    """Choose scales: float16 [rows, groups(k)].
+
+    Args:
+        values: [rows, k].
+        dtype: of storage.
+        group_size: 0 for one scale a row.
+        clip: that share of a group's largest value becomes the largest number; what is beyond it is cut off.
+    """
+    rows, k = values.shape
+    width = groups(k, group_size)
+    size = group_size or max(k, 1)
+    peaks = pad(values.abs(), (0, width * size - k)).view(rows, width, size).amax(dim=2)
+    return (peaks * (clip / _LARGEST[dtype])).clamp(_SMALLEST_SCALE, 65504.0).to(torch.float16)
+
+
+def round_to(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round values to numbers of the grid, to nearest: in the dtype of `values`, not packed.
+
+    Args:
+        values: [..., any], floating.
+        scale: of each value; broadcast.
+        dtype: of storage.
+    """
+    numbers = values / scale.to(values.dtype)
+    if dtype == torch.float8_e4m3fn:
+        return numbers.clamp(-448.0, 448.0).to(dtype).to(values.dtype)
+    low = -8.0 if dtype == torch.uint8 else -127.0
+    return numbers.round().clamp(low, _LARGEST[dtype])
+
+
+def pack(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Store numbers of the grid [rows, k] as [rows, row_width(k)]."""
+    if dtype != torch.uint8:
+        return numbers.to(dtype)
+    rows, k = numbers.shape
+    width = row_width(k, dtype)
+    halves = pad((numbers + 8).to(torch.uint8), (0, 2 * width - k), value=8).view(rows, width // 16, 2, 16)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, width)
+
+
+def unpack(stored: Tensor, k: int) -> Tensor:
+    """Read numbers [rows, k] back from [rows, row_width(k)]: float32."""
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    rows, width = stored.shape
+    blocks = stored.view(rows, width // 16, 1, 16)
+    return torch.cat([blocks & 15, blocks >> 4], dim=2).view(rows, 2 * width)[:, :k].float() - 8.0
+
+
+def dequantize(stored: Tensor, scale: Tensor, k: int, group_size: int) -> Tensor:
+    """Return the matrix [rows, k] that numbers and scales stand for, float32.
+
+    Args:
+        stored: [rows, row_width(k)].
+        scale: [rows, groups(k)].
+        k: numbers of a row.
+        group_size: 0 for one scale a row.
+    """
+    return unpack(stored, k) * spread(scale, k, group_size)
+
+
+def spread(scale: Tensor, k: int, group_size: int) -> Tensor:
+    """Repeat scales [rows, groups(k)] for each number of a row: float32 [rows, k]."""
+    return scale.float().repeat_interleave(group_size or max(k, 1), dim=1)[:, :k]
