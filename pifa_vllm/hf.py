@@ -10,111 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pifa_vllm.checkpoint import Checkpoint, ModuleEntry, PIFAConfig, Shards, check_finite, check_pivot_rows
+from pifa_vllm.checkpoint import Checkpoint, ModuleEntry, PIFAConfig, Shards, check_finite
 from pifa_vllm.checkpoint.files import reason
+from pifa_vllm.checkpoint.validate import check_scale
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
-from pifa_vllm.factorization import PIFA
-from pifa_vllm.ops import pifa_linear, stacked_rows
-from pifa_vllm.ops.cpu import load
-from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.layers import PIFALinear, QuantizedLinear
 
 if TYPE_CHECKING:
     # Not at run time: this module is imported while transformers.modeling_utils is still being executed.
     from transformers.modeling_utils import PreTrainedModel
-
-
-class PIFALinear(nn.Module):
-    """A linear layer [m, n] of rank r in pivoting form, y = x Wᵀ + b (see `pifa_vllm.factorization`).
-
-    Attributes:
-        pivot_weight: parameter [r, n].
-        coefficients: parameter [m - r, r].
-        pivot_rows: int32 buffer [r].
-        bias: parameter [m] or None.
-        out_rows: int32 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pivot_weight = nn.Parameter(torch.empty(rank, in_features, **kind))
-        self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, **kind))
-        self.bias = nn.Parameter(torch.empty(out_features, **kind)) if bias else None
-        self.pivot_rows: Tensor
-        self.out_rows: Tensor
-        self.register_buffer("pivot_rows", torch.empty(rank, device=device, dtype=torch.int32))
-        rows = torch.empty(out_features, device=device, dtype=torch.int32)
-        self.register_buffer("out_rows", rows, persistent=False)
-        # Other pivot rows with the old outputs would give wrong outputs without a word.
-        self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
-
-    def finish_loading(self, source: str) -> None:
-        """Check the pivot rows and derive the rows of the outputs from them.
-
-        Raises:
-            CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
-        """
-        check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
-        self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
-        if self.out_rows.device.type == "cpu":
-            load()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., n] to [..., m], in the dtype of the factors, or of torch.autocast where that is on."""
-        if self.training and torch.is_grad_enabled() and self.pivot_weight.requires_grad:
-            return linear(x, self._assembled(), self.bias)
-        ranks, out_features = [self.rank], [self.out_features]
-        coefficients = self.coefficients.flatten()
-        # Autocast casts for torch's own ops only; the kernels take one dtype.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        layer = pifa_linear_reference if autocast else pifa_linear
-        return layer(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
-
-    def _assembled(self) -> Tensor:
-        """W [m, n], differentiable, in the dtype of the factors.
-
-        Where factors are trained, on many tokens at a time, making W and one product with it are faster than two
-        products with activations between them, which are put in order forth and back.
-        """
-        with torch.autocast(self.pivot_weight.device.type, enabled=False):
-            rows = torch.cat([self.pivot_weight, self.coefficients @ self.pivot_weight])  # [m, n], stacked
-        return torch.zeros_like(rows).index_copy(0, self.out_rows.long(), rows)
-
-    def dense(self) -> nn.Linear:
-        """Rebuild the ordinary layer, multiplied in float64 and rounded to the dtype of the factors."""
-        factors = PIFA(self.pivot_weight.detach(), self.coefficients.detach(), self.pivot_rows)
-        weight = factors.to(torch.float64).dense().to(self.pivot_weight.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight)
-        linear.register_parameter("bias", self.bias)
-        return linear
-
-    def extra_repr(self) -> str:
-        """Show the shape as torch.nn.Linear does."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
-
-
-def _finish_state_dict(module: PIFALinear, _: object) -> None:
-    module.finish_loading("state dict: tensor pivot_rows")
 
 
 @register_quantization_config("pifa")
@@ -171,19 +80,20 @@ class PIFAQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         directory = self._checkpoint.directory
         for name, module in model.named_modules():
-            if isinstance(module, PIFALinear):
+            if isinstance(module, PIFALinear | QuantizedLinear):
                 module.finish_loading(f"{directory}: tensor {name}.pivot_rows")
         if any(parameter.is_meta for parameter in model.parameters()):
             self._checkpoint.verify()  # offloaded to disk
             return
         for name, parameter in model.named_parameters():
-            check_finite(parameter, f"{directory}: tensor {name} as {parameter.dtype}")
+            check = check_scale if name.endswith("_scale") else check_finite
+            check(parameter, f"{directory}: tensor {name} as {parameter.dtype}")
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
             dtype = getattr(torch, dtype)
         for name, module in list(model.named_modules()):
-            if isinstance(module, PIFALinear):
+            if isinstance(module, PIFALinear | QuantizedLinear):
                 model.set_submodule(name, module.dense().to(dtype))
         return model
 
@@ -198,8 +108,8 @@ class PIFAQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """The factors are ordinary floating-point parameters: they may be trained without an adapter."""
-        return True
+        """Whether the factors are ordinary floating-point parameters, which may be trained without an adapter."""
+        return self.quantization_config.pifa.factors is None
 
     @property
     def is_compileable(self) -> bool:
@@ -248,12 +158,27 @@ def insert_pifa_layers(
     Raises:
         CheckpointError: if a module is not in the model, is not linear, or has another shape or bias.
     """
+    source, kind = str(checkpoint.directory / "config.json"), checkpoint.config.factors
     for entry in checkpoint.modules.values():
         name = _name_in_model(model, entry.name)
-        linear = _replaceable(model, name, entry, str(checkpoint.directory / "config.json"))
+        linear = _replaceable(model, name, entry, source)
         device, dtype_ = linear.weight.device, dtype or linear.weight.dtype
-        layer = PIFALinear(entry.n, entry.m, entry.rank, bias=entry.has_bias, device=device, dtype=dtype_)
+        shape = (entry.n, entry.m, entry.rank)
+        options: dict[str, Any] = {"bias": entry.has_bias, "device": device, "dtype": dtype_}
+        layer = PIFALinear(*shape, **options) if kind is None else QuantizedLinear(*shape, kind, **options)
         model.set_submodule(name, layer)
+    if kind is None:
+        return
+    for full_name in checkpoint.linear.keys() - checkpoint.modules.keys():
+        name = _name_in_model(model, full_name)
+        linear = model.get_submodule(name)
+        options = {
+            "bias": linear.bias is not None,
+            "device": linear.weight.device,
+            "dtype": linear.weight.dtype,
+        }
+        m, n = checkpoint.linear[full_name]
+        model.set_submodule(name, QuantizedLinear(n, m, None, kind, **options))
 
 
 def check_tensors(model: PreTrainedModel, shards: Shards, *, unexpected: bool = False) -> None:

@@ -15,9 +15,13 @@ comes apart by a mask and a shift, in order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from pifa_vllm.factorization import PIFA
 
 BLOCK = 32  # 4-bit numbers that are packed together
 GROUP_SIZES = (32, 64, 128, 256)
@@ -34,6 +38,11 @@ def row_width(k: int, dtype: torch.dtype) -> int:
 def groups(k: int, group_size: int) -> int:
     """Scales of a row of k numbers: one for every `group_size` of them, or where that is 0, one."""
     return -(-k // group_size) if group_size else min(k, 1)
+
+
+def unit(dtype: torch.dtype, group_size: int) -> int:
+    """Numbers of a row that can be cut off only together: those that share a scale, or bytes."""
+    return max(group_size, BLOCK if dtype == torch.uint8 else 1)
 
 
 def fit_scales(values: Tensor, dtype: torch.dtype, group_size: int, clip: float = 1.0) -> Tensor:
@@ -101,3 +110,45 @@ def dequantize(stored: Tensor, scale: Tensor, k: int, group_size: int) -> Tensor
 def spread(scale: Tensor, k: int, group_size: int) -> Tensor:
     """Repeat scales [rows, groups(k)] for each number of a row: float32 [rows, k]."""
     return scale.float().repeat_interleave(group_size or max(k, 1), dim=1)[:, :k]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [rows, k] of quantized numbers.
+
+    Attributes:
+        numbers: [rows, row_width(k)], as they are stored.
+        scale: float16 [rows, groups(k)].
+        k: numbers of a row.
+        group_size: 0 for one scale a row.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    k: int
+    group_size: int
+
+    def values(self) -> Tensor:
+        """What it stands for: float32 [rows, k]."""
+        return dequantize(self.numbers, self.scale, self.k, self.group_size)
+
+
+def round_to_nearest(values: Tensor, dtype: torch.dtype, group_size: int) -> Quantized:
+    """Quantize a matrix [rows, k] number by number: what better ways are compared with."""
+    k = values.shape[1]
+    scale = fit_scales(values, dtype, group_size)
+    numbers = round_to(values, spread(scale, k, group_size), dtype)
+    return Quantized(pack(numbers, dtype), scale, k, group_size)
+
+
+@dataclass(frozen=True)
+class QuantizedPIFA:
+    """A matrix in pivoting form with quantized factors, see `pifa_vllm.factorization.PIFA`."""
+
+    pivot_weight: Quantized
+    coefficients: Quantized
+    pivot_rows: Tensor
+
+    def values(self) -> PIFA:
+        """What it stands for, in float32."""
+        return PIFA(self.pivot_weight.values(), self.coefficients.values(), self.pivot_rows)

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards, read_json
+from pifa_vllm.checkpoint import CheckpointWriter, FactorFormat, PIFAConfig, Shards, read_json
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.factorization import PIFA, factorize
+from pifa_vllm.quantization import QuantizedPIFA, round_to_nearest
 
 RankOf = Callable[[str, int, int], int | None]
 
 
-def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: RankOf) -> None:
+def save_pifa_twin(
+    dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: RankOf, kind: FactorFormat | None = None
+) -> None:
     """Truncate the projections of a dense model and save the result twice: as PIFA, and as dense weights.
 
     Args:
@@ -23,6 +26,7 @@ def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: Ra
         pifa_dir: the PIFA checkpoint to create, in the dtype of the dense weights.
         twin_dir: the dense checkpoint to create, which holds the matrices that the PIFA one stands for.
         ranks: (module name, out features, in features) to a rank from 0 to min(out, in); None stays dense.
+        kind: how the projections are quantized, None where they are not.
     """
     shards = Shards(dense_dir)
     pifa: dict[str, Tensor] = {}
@@ -38,21 +42,44 @@ def save_pifa_twin(dense_dir: Path, pifa_dir: Path, twin_dir: Path, *, ranks: Ra
             dense_parameters += tensor.numel()
         if rank is None:
             pifa[tensor_name] = twin[tensor_name] = tensor
-            parameters += tensor.numel() if module.endswith("_proj") else 0
+            if tensor_name.endswith("_proj.weight"):
+                parameters += tensor.numel()
+                if kind is not None:
+                    found = round_to_nearest(tensor, kind.dtype, kind.group)
+                    pifa |= {tensor_name: found.numbers, f"{tensor_name}_scale": found.scale}
+                    twin[tensor_name] = found.values()
             continue
         factors = factors_of(tensor, rank)
         kept[module] = factors.rank
         parameters += factors.parameters
-        pifa |= module_tensors(module, factors, None, tensor.dtype)
-        twin[tensor_name] = factors.to(tensor.dtype).to(torch.float64).dense().to(tensor.dtype)
+        stored: PIFA | QuantizedPIFA = factors.to(tensor.dtype)
+        if kind is not None:
+            stored = quantized(factors, kind)
+        pifa |= module_tensors(module, stored, None, tensor.dtype)
+        values = stored if isinstance(stored, PIFA) else stored.values()
+        twin[tensor_name] = values.to(torch.float64).dense().to(tensor.dtype)
 
     config = read_json(dense_dir / "config.json")
-    section = PIFAConfig(density=max(parameters, 1) / dense_parameters, ranks=kept)
+    section = PIFAConfig(
+        format_version=1 if kind is None else 2,
+        density=max(parameters, 1) / dense_parameters,
+        ranks=kept,
+        factors=kind,
+    )
     for directory, tensors, pifa_config in ((pifa_dir, pifa, section), (twin_dir, twin, None)):
         writer = CheckpointWriter(directory, directory.with_name(directory.name + ".staging"))
         writer.copy_companions(dense_dir)
         writer.write_shard("model.safetensors", tensors)
         writer.publish(config, pifa_config)
+
+
+def quantized(factors: PIFA, kind: FactorFormat) -> QuantizedPIFA:
+    """Round factors to nearest."""
+    return QuantizedPIFA(
+        round_to_nearest(factors.pivot_weight.float(), kind.dtype, kind.group),
+        round_to_nearest(factors.coefficients.float(), kind.coefficient_dtype, kind.group),
+        factors.pivot_rows,
+    )
 
 
 def factors_of(weight: Tensor, rank: int) -> PIFA:

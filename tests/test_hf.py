@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pifa_vllm.checkpoint import Checkpoint, read_json
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
-from pifa_vllm.hf import PIFALinear, PIFAQuantizationConfig, check_architecture
+from pifa_vllm.hf import PIFAQuantizationConfig, check_architecture
+from pifa_vllm.layers import PIFALinear
 from tests.conftest import Twins
 from tests.edit import copy_edited
 from tests.pifa_tiny import save_pifa_twin

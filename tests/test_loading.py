@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pifa_vllm.errors import CheckpointError, PifaError
-from pifa_vllm.hf import PIFALinear
+from pifa_vllm.layers import PIFALinear
 from pifa_vllm.loading import load
 from tests.conftest import Twins
 from tests.edit import copy_edited

@@ -5,17 +5,64 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pifa_vllm.checkpoint.files import MAX_CONFIG, MAX_JSON, check_name, parse_json, quoted, read_file
 from pifa_vllm.errors import CheckpointError
+from pifa_vllm.quantization import DTYPES
 
-FORMAT_VERSION: Final = 1
+# What this package reads. Checkpoints without quantized factors are written as the first version.
+FORMAT_VERSION: Final = 2
 _MAX_RANK: Final = (1 << 31) - 1
 PIVOT_WEIGHT = "pivot_weight"
 COEFFICIENTS = "coefficients"
 PIVOT_ROWS = "pivot_rows"
+PIVOT_SCALE = "pivot_scale"
+COEFFICIENT_SCALE = "coefficient_scale"
+WEIGHT_SCALE = "weight_scale"
 BIAS = "bias"
+
+
+class FactorFormat(BaseModel):
+    """How the linear modules' numbers are quantized, see `pifa_vllm.quantization`.
+
+    Attributes:
+        bits: of pivot rows, and of modules that are dense.
+        coefficient_bits: of coefficients, whose errors weigh more.
+        type: "int", or "float" for float8_e4m3fn.
+        group_size: numbers of a row that share a scale; None for all of them.
+        symmetric: there is no zero point.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bits: Literal[4, 8]
+    coefficient_bits: Literal[4, 8]
+    type: Literal["int", "float"] = "int"
+    group_size: Literal[32, 64, 128, 256] | None = None
+    symmetric: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _check_type(self) -> FactorFormat:
+        if self.type == "float" and (self.bits, self.coefficient_bits) != (8, 8):
+            raise ValueError("floats have 8 bits")
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pivot rows and dense modules."""
+        return DTYPES[self.bits, self.type]
+
+    @property
+    def coefficient_dtype(self) -> torch.dtype:
+        """Of coefficients."""
+        return DTYPES[self.coefficient_bits, self.type]
+
+    @property
+    def group(self) -> int:
+        """Numbers of a row that share a scale, 0 for all of them."""
+        return self.group_size or 0
 
 
 class PIFAConfig(BaseModel):
@@ -24,6 +71,7 @@ class PIFAConfig(BaseModel):
     Attributes:
         density: kept / dense parameters over the compressible linear modules, as measured, in (0, 1].
         ranks: module name to rank; modules that are not named are dense under their usual names.
+        factors: how the decoder's linear modules are quantized; None in version 1, where they are not.
         provenance: who made the checkpoint, from what and how; free form.
     """
 
@@ -31,10 +79,17 @@ class PIFAConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["pifa"] = "pifa"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     density: float = Field(gt=0.0, le=1.0)
     ranks: dict[str, int]
+    factors: FactorFormat | None = Field(default=None, exclude_if=lambda factors: factors is None)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_version(self) -> PIFAConfig:
+        if (self.format_version == 2) != (self.factors is not None):
+            raise ValueError("format_version 2 has factors, and version 1 has none")
+        return self
 
     @classmethod
     def parse(cls, section: object, source: str) -> PIFAConfig:
@@ -52,7 +107,7 @@ class PIFAConfig(BaseModel):
             if type(version) is not int:
                 # The default is for writers only, and a Literal takes True and 1.0 for 1.
                 raise CheckpointError(
-                    f"{source}: quantization_config.format_version: expected {FORMAT_VERSION}, "
+                    f"{source}: quantization_config.format_version: expected 1 to {FORMAT_VERSION}, "
                     f"found {quoted(version)}."
                 )
             if version > FORMAT_VERSION:

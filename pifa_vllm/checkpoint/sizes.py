@@ -7,14 +7,18 @@ take from there is therefore bounded here by numbers that the shards really hold
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from pifa_vllm.checkpoint.files import quoted
+from pifa_vllm.checkpoint.schema import WEIGHT_SCALE, FactorFormat
 from pifa_vllm.checkpoint.shards import TensorEntry
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
+from pifa_vllm.quantization import groups, row_width
 
 # model_type to what the names of its classes begin with.
 FAMILIES: Final = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -139,8 +143,20 @@ def read_sizes(config: Mapping[str, Any], source: str) -> Sizes:
     return sizes
 
 
+def linear_shapes(sizes: Sizes, tensors: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the shape [m, n] of every linear module of the decoder, by its name among these tensors' names."""
+    shapes = sizes.shapes(_prefix(tensors))
+    return {
+        name.removesuffix(".weight"): (x[0], x[1]) for name, x, _ in shapes if name.endswith("_proj.weight")
+    }
+
+
 def check_sizes(
-    sizes: Sizes, directory: Path, tensors: Mapping[str, TensorEntry], full: Mapping[str, tuple[int, int]]
+    sizes: Sizes,
+    directory: Path,
+    tensors: Mapping[str, TensorEntry],
+    full: Mapping[str, tuple[int, int]],
+    factors: FactorFormat | None = None,
 ) -> None:
     """Hold sizes against the tensors that there are, without reading them.
 
@@ -149,15 +165,14 @@ def check_sizes(
         directory: to name in errors.
         tensors: name to entry, of all shards.
         full: compressed module to the shape [m, n] that its factors make.
+        factors: how linear modules are quantized, if they are.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, has another shape, or holds no weights.
     """
-    # The base model saved by itself leaves out the prefix.
-    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    shapes = list(sizes.shapes(prefix))
-    linear = {name.removesuffix(".weight") for name, _, _ in shapes if name.endswith("_proj.weight")}
-    if unknown := sorted(full.keys() - linear):
+    shapes = list(sizes.shapes(_prefix(tensors)))
+    linear = linear_shapes(sizes, tensors)
+    if unknown := sorted(full.keys() - linear.keys()):
         raise CheckpointError(
             f"{directory / 'config.json'}: quantization_config.ranks names {unknown[0]}, expected a linear layer "
             f"of {sizes.model} with a num_hidden_layers of {sizes.layers}, found no such module."
@@ -180,6 +195,11 @@ def check_sizes(
                     f"{list(full[module])}."
                 )
             continue
+        if factors is not None and module in linear:
+            check_quantized(
+                tensors, directory, name, f"{module}.{WEIGHT_SCALE}", linear[module], factors.dtype, factors
+            )
+            continue
         entry = tensors.get(name)
         if entry is None:
             raise CheckpointError(
@@ -194,6 +214,48 @@ def check_sizes(
             raise CheckpointError(
                 f"{entry.file}: tensor {name}: expected a floating dtype, found {entry.dtype}."
             )
+
+
+def check_quantized(
+    tensors: Mapping[str, TensorEntry],
+    directory: Path,
+    numbers: str,
+    scale: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    factors: FactorFormat,
+) -> None:
+    """Hold the two tensors of a quantized matrix [rows, k] against its shape.
+
+    Args:
+        tensors: name to entry, of all shards.
+        directory: to name in errors.
+        numbers: name of the one.
+        scale: name of the other.
+        shape: rows and k.
+        dtype: of the numbers.
+        factors: whose size of groups counts.
+
+    Raises:
+        CheckpointError: naming the one that is missing, or has another shape or dtype.
+    """
+    rows, k = shape
+    for name, width, kind in (
+        (numbers, row_width(k, dtype), dtype),
+        (scale, groups(k, factors.group), torch.float16),
+    ):
+        entry = tensors.get(name)
+        if entry is None or entry.shape != (rows, width) or entry.dtype != kind:
+            found = "none" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise CheckpointError(
+                f"{directory if entry is None else entry.file}: tensor {name}: expected {kind} [{rows}, {width}] "
+                f"by config.json's sizes and quantization_config.factors, found {found}."
+            )
+
+
+def _prefix(tensors: Iterable[str]) -> str:
+    # The base model saved by itself leaves it out.
+    return "model." if any(name.startswith("model.") for name in tensors) else ""
 
 
 def _check_positions(config: Mapping[str, Any], positions: int, source: str) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pifa_vllm.checkpoint.schema import COEFFICIENTS
+import torch
+
 from pifa_vllm.checkpoint.shards import Shards, TensorEntry
-from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite
+from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry
 
 # The weights of decoder layers: what a compressor may compress, and what densities are measured over.
 _LAYER_WEIGHT = re.compile(r"(?:^|\.)layers\.\d+\..*\.weight$")
@@ -23,7 +24,7 @@ class ModuleSummary:
         rank: None where the module is dense.
         parameters: kept numbers, without indices and bias.
         nbytes: of the kept numbers and, where compressed, the indices.
-        dense_nbytes: of the dense matrix in the same dtype.
+        dense_nbytes: of the dense matrix in the same dtype, or where that is quantized in the embedding's.
         max_coefficient: max |C|, 0 where there is no C.
     """
 
@@ -65,8 +66,7 @@ def summarize(checkpoint: Checkpoint) -> list[ModuleSummary]:
         CheckpointError: if a coefficient is not finite.
     """
     modules = [_compressed(checkpoint, entry) for entry in checkpoint.modules.values()]
-    for name, entry in dense_weights(checkpoint.shards):
-        modules.append(_dense(name, entry, f"{name.removesuffix('weight')}bias" in checkpoint.shards))
+    modules += [_dense(checkpoint, *found) for found in dense_weights(checkpoint.shards)]
     return sorted(modules, key=lambda module: _natural(module.name))
 
 
@@ -78,9 +78,10 @@ def dense_weights(shards: Shards) -> Iterator[tuple[str, TensorEntry]]:
 
 
 def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:
-    name = f"{entry.name}.{COEFFICIENTS}"
-    coefficients = checkpoint.shards.load(name)
-    check_finite(coefficients, f"{checkpoint.shards.entry(name).file}: tensor {name}")
+    factors, dtype = checkpoint.config.factors, _name(entry.dtype)
+    coefficients = checkpoint.load(entry.name).coefficients
+    if factors is not None:
+        dtype = f"{_name(factors.dtype)}/{_name(factors.coefficient_dtype)}"
     return ModuleSummary(
         name=entry.name,
         out_features=entry.m,
@@ -88,27 +89,33 @@ def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:
         rank=entry.rank,
         parameters=entry.parameters,
         nbytes=entry.nbytes,
-        dense_nbytes=entry.m * entry.n * entry.dtype.itemsize,
-        dtype=str(entry.dtype).removeprefix("torch."),
+        dense_nbytes=entry.m * entry.n * (checkpoint.dtype if factors else entry.dtype).itemsize,
+        dtype=dtype,
         bias=entry.has_bias,
         max_coefficient=float(coefficients.abs().max()) if coefficients.numel() else 0.0,
     )
 
 
-def _dense(name: str, entry: TensorEntry, bias: bool) -> ModuleSummary:
-    m, n = entry.shape
+def _dense(checkpoint: Checkpoint, name: str, entry: TensorEntry) -> ModuleSummary:
+    module, scale = name.removesuffix(".weight"), f"{name}_scale"
+    quantized = scale in checkpoint.shards
+    m, n = checkpoint.linear[module] if quantized else entry.shape
     return ModuleSummary(
-        name=name.removesuffix(".weight"),
+        name=module,
         out_features=m,
         in_features=n,
         rank=None,
         parameters=m * n,
-        nbytes=entry.nbytes,
-        dense_nbytes=entry.nbytes,
-        dtype=str(entry.dtype).removeprefix("torch."),
-        bias=bias,
+        nbytes=entry.nbytes + (checkpoint.shards.entry(scale).nbytes if quantized else 0),
+        dense_nbytes=m * n * checkpoint.dtype.itemsize if quantized else entry.nbytes,
+        dtype=_name(entry.dtype),
+        bias=f"{module}.bias" in checkpoint.shards,
         max_coefficient=0.0,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "int4" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

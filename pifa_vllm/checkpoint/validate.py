@@ -11,22 +11,34 @@ from torch import Tensor
 from pifa_vllm.checkpoint.files import check_directory
 from pifa_vllm.checkpoint.schema import (
     BIAS,
+    COEFFICIENT_SCALE,
     COEFFICIENTS,
     PIVOT_ROWS,
+    PIVOT_SCALE,
     PIVOT_WEIGHT,
+    WEIGHT_SCALE,
+    FactorFormat,
     PIFAConfig,
     parse_section,
     read_model_config,
 )
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
-from pifa_vllm.checkpoint.sizes import check_sizes, read_sizes
+from pifa_vllm.checkpoint.sizes import check_quantized, check_sizes, linear_shapes, read_sizes
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
+from pifa_vllm.quantization import Quantized
+
+OF_FACTORS = (PIVOT_WEIGHT, PIVOT_SCALE, COEFFICIENTS, COEFFICIENT_SCALE, PIVOT_ROWS)
+_SCALES = (PIVOT_SCALE, COEFFICIENT_SCALE, WEIGHT_SCALE)
 
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """One compressed module as its shard's header describes it; [m, n] is the full matrix."""
+    """One compressed module as its shard's header describes it; [m, n] is the full matrix.
+
+    Attributes:
+        dtype: of the pivot rows' numbers.
+    """
 
     name: str
     m: int
@@ -55,12 +67,14 @@ class Checkpoint:
         config: the validated `quantization_config`.
         shards: its tensors.
         modules: the compressed modules, by name, in the order of `config.ranks`.
+        linear: the shape [m, n] of every linear module of the decoder, by name.
     """
 
     directory: Path
     config: PIFAConfig
     shards: Shards
     modules: dict[str, ModuleEntry]
+    linear: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -80,30 +94,70 @@ class Checkpoint:
         check_directory(directory)
         shards = Shards(directory)
         _check_files(shards)
-        modules = {name: _check_module(shards, name, rank) for name, rank in config.ranks.items()}
-        suffixes = (f".{PIVOT_WEIGHT}", f".{COEFFICIENTS}", f".{PIVOT_ROWS}")
-        for tensor in shards.entries:
-            if tensor.endswith(suffixes) and tensor.rsplit(".", 1)[0] not in modules:
+        full = linear_shapes(sizes, shards.entries)
+        modules = {}
+        for name, rank in config.ranks.items():
+            _check_not_dense(shards, name, rank)
+            if config.factors is None:
+                modules[name] = _check_module(shards, name, rank)
+            elif name in full:
+                modules[name] = _check_quantized_module(shards, name, rank, *full[name], config.factors)
+        for tensor, entry in shards.entries.items():
+            module, _, suffix = tensor.rpartition(".")
+            if suffix in OF_FACTORS and module not in modules:
                 raise CheckpointError(
-                    f"{shards.entry(tensor).file}: tensor {tensor} belongs to a compressed module that "
+                    f"{entry.file}: tensor {tensor} belongs to a compressed module that "
                     "quantization_config.ranks does not name."
                 )
-        full = {name: (module.m, module.n) for name, module in modules.items()}
-        check_sizes(sizes, directory, shards.entries, full)
-        return cls(directory, config, shards, modules)
+            if suffix in _SCALES and (
+                config.factors is None or (suffix == WEIGHT_SCALE and module in modules)
+            ):
+                raise CheckpointError(
+                    f"{entry.file}: tensor {tensor}: expected no scales of a module that by "
+                    "quantization_config is not quantized so."
+                )
+        found = dict.fromkeys(config.ranks, (0, 0)) | {name: (x.m, x.n) for name, x in modules.items()}
+        check_sizes(sizes, directory, shards.entries, found, config.factors)
+        return cls(directory, config, shards, modules, full)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is never quantized: the embedding's."""
+        return next(
+            x.dtype for name, x in self.shards.entries.items() if name.endswith("embed_tokens.weight")
+        )
 
     def load(self, name: str) -> PIFA:
         """Load one compressed module, checking its pivot rows and that every value is finite.
 
+        Quantized factors come as what they stand for, in float32.
+
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
-        weight = self.shards.load(f"{name}.{PIVOT_WEIGHT}")
-        coefficients = self.shards.load(f"{name}.{COEFFICIENTS}")
-        rows = self.pivot_rows(name)
-        for suffix, tensor in ((PIVOT_WEIGHT, weight), (COEFFICIENTS, coefficients)):
-            check_finite(tensor, f"{self.shards.entry(f'{name}.{suffix}').file}: tensor {name}.{suffix}")
-        return PIFA(weight, coefficients, rows)
+        entry = self.modules[name]
+        weight = self._load(f"{name}.{PIVOT_WEIGHT}", f"{name}.{PIVOT_SCALE}", entry.n)
+        coefficients = self._load(f"{name}.{COEFFICIENTS}", f"{name}.{COEFFICIENT_SCALE}", entry.rank)
+        return PIFA(weight, coefficients, self.pivot_rows(name))
+
+    def load_dense(self, name: str) -> Tensor:
+        """Load one module's weight that is dense; where it is quantized, as what it stands for, in float32.
+
+        Raises:
+            CheckpointError: naming file, tensor, expected and found.
+        """
+        return self._load(f"{name}.weight", f"{name}.{WEIGHT_SCALE}", self.linear[name][1])
+
+    def _load(self, name: str, scale: str, k: int) -> Tensor:
+        tensor = self.shards.load(name)
+        if self.config.factors is None or scale not in self.shards:
+            check_finite(tensor, f"{self.shards.entry(name).file}: tensor {name}")
+            return tensor
+        scales = self.shards.load(scale)
+        check_scale(scales, f"{self.shards.entry(scale).file}: tensor {scale}")
+        values = Quantized(tensor, scales, k, self.config.factors.group).values()
+        check_finite(values, f"{self.shards.entry(name).file}: tensor {name}")
+        return values
 
     def check_pivot_rows(self) -> None:
         """Read every module's pivot rows, a few KiB each: the check to make before a server starts.
@@ -135,11 +189,13 @@ class Checkpoint:
         """
         for name, entry in self.shards.entries.items():
             module, _, suffix = name.rpartition(".")
-            if module in self.modules and suffix in (PIVOT_WEIGHT, COEFFICIENTS, PIVOT_ROWS):
+            if module in self.modules and suffix in OF_FACTORS:
                 continue
             tensor, source = self.shards.load(name), f"{entry.file}: tensor {name}"
-            if dtype is not None and tensor.is_floating_point():
+            if dtype is not None and tensor.is_floating_point() and tensor.element_size() > 1:
                 tensor, source = tensor.to(dtype), f"{source} as {dtype}"
+            if suffix == WEIGHT_SCALE:
+                check_scale(tensor, source)
             check_finite(tensor, source)
 
     def pivot_rows(self, name: str) -> Tensor:
@@ -186,9 +242,22 @@ def check_pivot_rows(rows: Tensor, rank: int, m: int, source: str) -> None:
 
 def check_finite(tensor: Tensor, source: str) -> None:
     """Raise CheckpointError, naming `source`, if a floating tensor holds NaN or infinity."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"{source}: expected finite values, found {bad} NaN or infinite.")
+    if not tensor.is_floating_point():
+        return
+    finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"{source}: expected finite values, found {int((~finite).sum())} NaN or infinite."
+        )
+
+
+def check_scale(tensor: Tensor, source: str) -> None:
+    """Raise CheckpointError, naming `source`, if a scale is not a finite number above 0."""
+    good = torch.isfinite(tensor) & (tensor > 0)
+    if not bool(good.all()):
+        raise CheckpointError(
+            f"{source}: expected finite scales above 0, found {int((~good).sum())} that are not."
+        )
 
 
 def _check_files(shards: Shards) -> None:
@@ -209,12 +278,15 @@ def _check_files(shards: Shards) -> None:
         raise CheckpointError(f"{file}: tensor {name} lies here, but {INDEX_NAME} does not place it here.")
 
 
-def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
+def _check_not_dense(shards: Shards, name: str, rank: int) -> None:
     if f"{name}.weight" in shards:
         raise CheckpointError(
             f"{shards.entry(f'{name}.weight').file}: tensor {name}.weight is dense, but "
             f"quantization_config.ranks names {name} as compressed to rank {rank}."
         )
+
+
+def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
     weight = shards.entry(f"{name}.{PIVOT_WEIGHT}")
     coefficients = shards.entry(f"{name}.{COEFFICIENTS}")
     rows = shards.entry(f"{name}.{PIVOT_ROWS}")
@@ -254,3 +326,36 @@ def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
                 f"found {bias.dtype} {list(bias.shape)}."
             )
     return ModuleEntry(name, m, n, rank, weight.dtype, has_bias, nbytes)
+
+
+def _check_quantized_module(
+    shards: Shards, name: str, rank: int, m: int, n: int, factors: FactorFormat
+) -> ModuleEntry:
+    if rank > min(m, n):
+        raise CheckpointError(
+            f"{shards.directory / 'config.json'}: quantization_config.ranks[{name!r}]: expected at most "
+            f"{min(m, n)} of a matrix [{m}, {n}], found {rank}."
+        )
+    for numbers, scale, shape, dtype in (
+        (PIVOT_WEIGHT, PIVOT_SCALE, (rank, n), factors.dtype),
+        (COEFFICIENTS, COEFFICIENT_SCALE, (m - rank, rank), factors.coefficient_dtype),
+    ):
+        check_quantized(
+            shards.entries, shards.directory, f"{name}.{numbers}", f"{name}.{scale}", shape, dtype, factors
+        )
+    rows = shards.entry(f"{name}.{PIVOT_ROWS}")
+    if rows.shape != (rank,) or rows.dtype != torch.int32:
+        raise CheckpointError(
+            f"{rows.file}: tensor {name}.{PIVOT_ROWS}: expected int32 [{rank}], "
+            f"found {rows.dtype} {list(rows.shape)}."
+        )
+    has_bias = f"{name}.{BIAS}" in shards
+    if has_bias:
+        bias = shards.entry(f"{name}.{BIAS}")
+        if bias.shape != (m,) or not bias.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{bias.file}: tensor {name}.{BIAS}: expected a floating dtype [{m}], "
+                f"found {bias.dtype} {list(bias.shape)}."
+            )
+    nbytes = sum(shards.entry(f"{name}.{suffix}").nbytes for suffix in OF_FACTORS)
+    return ModuleEntry(name, m, n, rank, factors.dtype, has_bias, nbytes)

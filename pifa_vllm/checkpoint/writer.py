@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from pifa_vllm.checkpoint.atomic import make_directory, replace_file, replace_text, sync, write_error
 from pifa_vllm.checkpoint.schema import (
     BIAS,
+    COEFFICIENT_SCALE,
     COEFFICIENTS,
     PIVOT_ROWS,
+    PIVOT_SCALE,
     PIVOT_WEIGHT,
     PIFAConfig,
     read_json,
@@ -24,6 +27,7 @@ from pifa_vllm.checkpoint.schema import (
 from pifa_vllm.checkpoint.shards import INDEX_NAME, read_header
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA
+from pifa_vllm.quantization import QuantizedPIFA
 
 # Everything a Hugging Face directory holds besides weights and config: tokenizer, chat template, generation, and
 # the licence, which has to go with every copy.
@@ -90,10 +94,10 @@ class CheckpointWriter:
                     except OSError as error:
                         raise write_error(self.staging / path.name, error) from error
 
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors in the shards that were written."""
+    def tensor_bytes(self, counts: Callable[[str], bool] = lambda _: True) -> int:
+        """Bytes of the tensors in the shards that were written, of those whose names count."""
         shards = self.staging.glob("*.safetensors")
-        return sum(entry.nbytes for path in shards for _, entry in read_header(path))
+        return sum(entry.nbytes for path in shards for name, entry in read_header(path) if counts(name))
 
     def publish(self, model_config: dict[str, Any], pifa_config: PIFAConfig | None) -> None:
         """Write index and config.json, then make the directory appear as `output`.
@@ -136,14 +140,24 @@ def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map"}
 
 
-def module_tensors(name: str, factors: PIFA, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name a compressed module's tensors as the format does, rounded to `dtype`."""
-    stored = factors.to(dtype)
-    tensors = {
-        f"{name}.{PIVOT_WEIGHT}": stored.pivot_weight,
-        f"{name}.{COEFFICIENTS}": stored.coefficients,
-        f"{name}.{PIVOT_ROWS}": stored.pivot_rows,
-    }
+def module_tensors(
+    name: str, factors: PIFA | QuantizedPIFA, bias: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Name a compressed module's tensors as the format does, rounded to `dtype` where they are not quantized."""
+    tensors = {f"{name}.{PIVOT_ROWS}": factors.pivot_rows}
+    if isinstance(factors, QuantizedPIFA):
+        tensors |= {
+            f"{name}.{PIVOT_WEIGHT}": factors.pivot_weight.numbers,
+            f"{name}.{PIVOT_SCALE}": factors.pivot_weight.scale,
+            f"{name}.{COEFFICIENTS}": factors.coefficients.numbers,
+            f"{name}.{COEFFICIENT_SCALE}": factors.coefficients.scale,
+        }
+    else:
+        stored = factors.to(dtype)
+        tensors |= {
+            f"{name}.{PIVOT_WEIGHT}": stored.pivot_weight,
+            f"{name}.{COEFFICIENTS}": stored.coefficients,
+        }
     if bias is not None:
         tensors[f"{name}.{BIAS}"] = bias.to(dtype)
     return tensors

@@ -19,6 +19,7 @@ from pifa_vllm.errors import PifaError
 COMMANDS = {
     "compress": "compress a model by MPIFA, or by one of the baselines",
     "heal": "train a compressed model towards its dense parent's predictions",
+    "quantize": "quantize a compressed model's factors to 8 or 4 bits",
     "inspect": "show a compressed model's modules, ranks, densities, bytes and provenance",
     "verify": "check a compressed model down to the last value",
     "eval": "measure perplexity, by transformers, by vLLM or by both",

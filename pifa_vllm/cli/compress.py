@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pifa_vllm.checkpoint import FactorFormat
     from pifa_vllm.compression.options import CompressOptions
 
 _EPILOG = """\
@@ -90,8 +91,42 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--tile", type=int, default=16, help="ranks are multiples of this (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="storage dtype (default: the model's)")
+    add_factors(group)
 
     group = parser.add_argument_group("calibration")
+    add = group.add_argument
+    add_calibration(group)
+    add(
+        "--gradient-samples",
+        type=int,
+        metavar="N",
+        help="of the sequences, how many the loss's gradients are taken on (default: all of them)",
+    )
+
+    add_running(parser)
+    parser.set_defaults(run=run)
+
+
+def add_factors(group: argparse._ArgumentGroup, *, required: bool = False) -> None:
+    """Add how factors are quantized."""
+    group.add_argument(
+        "--factors",
+        choices=("int8", "int4", "fp8"),
+        required=required,
+        help="quantize the linear modules: 8 bits, or 4 bits with coefficients in 8, or 8-bit floats "
+        + ("" if required else "(default: none, in the storage dtype)"),
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        choices=(0, 32, 64, 128, 256),
+        help="numbers of a row that share a scale, 0 for all of them (default: 128 for int8, 32 for int4, 0 for "
+        "fp8)",
+    )
+
+
+def add_calibration(group: argparse._ArgumentGroup) -> None:
+    """Add where calibration text comes from, and how much of it."""
     add = group.add_argument
     add(
         "--calibration",
@@ -105,15 +140,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--length", type=int, default=2048, help="tokens per sequence (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
 
-    add(
-        "--gradient-samples",
-        type=int,
-        metavar="N",
-        help="of the sequences, how many the loss's gradients are taken on (default: all of them)",
-    )
 
-    group = parser.add_argument_group("running")
-    add = group.add_argument
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Add where and how a run goes."""
+    add = parser.add_argument_group("running").add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add(
@@ -124,11 +154,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--chunk-tokens", type=int, default=2048, help="tokens per forward pass (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the estimate and the ranks' summary, and stop")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compress; 0 when the checkpoint is there."""
+    return compress(args, options_from(args))
+
+
+def compress(args: argparse.Namespace, options: CompressOptions) -> int:
+    """Run, or print what a run would take; 0 when that is done."""
     from transformers.utils import logging
 
     from pifa_vllm.cli.threads import use_threads
@@ -137,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     use_threads(args.threads)
-    compression = Compression(options_from(args), make_progress(args.output))
+    compression = Compression(options, make_progress(args.output))
     figures = compression.estimate()
     print(figures.text(), file=sys.stderr)
     print(compression.describe_ranks(), file=sys.stderr)
@@ -181,7 +215,29 @@ def options_from(args: argparse.Namespace) -> CompressOptions:
         "model output method representation mix feedback ridge tile dtype calibration text_field samples "
         "length seed device activation_dtype chunk_tokens allocation metric gradient_samples"
     )
-    return CompressOptions(density=density, **{name: getattr(args, name) for name in taken.split()})
+    options = {name: getattr(args, name) for name in taken.split()}
+    return CompressOptions(density=density, factors=factors_from(args), **options)
+
+
+def factors_from(args: argparse.Namespace) -> FactorFormat | None:
+    """Say how factors are to be quantized.
+
+    Raises:
+        PifaError: if there is a size of groups and nothing that has any.
+    """
+    from pifa_vllm.compression.options import FACTORS
+    from pifa_vllm.errors import PifaError
+
+    if args.factors is None:
+        if args.group_size is not None:
+            raise PifaError(
+                "--group-size: is of quantized factors, expected --factors beside it, found none."
+            )
+        return None
+    kind = FACTORS[args.factors]
+    if args.group_size is not None:
+        kind = kind.model_copy(update={"group_size": args.group_size or None})
+    return kind
 
 
 def command_line(argv: list[str]) -> str:

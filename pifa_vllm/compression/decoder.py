@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from pifa_vllm.checkpoint import Shards, check_finite, read_json
+from pifa_vllm.checkpoint import Checkpoint, Shards, check_finite, read_json
+from pifa_vllm.checkpoint.densify import DenseShards
 from pifa_vllm.errors import UnsupportedModelError
 
 # Pre-norm decoder layers with the module names below. Checked against each model's own forward in the tests.
@@ -55,22 +56,28 @@ class DenseModel:
 
     Args:
         directory: config.json, tokenizer and safetensors shards.
+        checkpoint: of the same directory, if that is a PIFA checkpoint: the model is then the dense one that it
+            stands for.
 
     Raises:
         UnsupportedModelError: if its architecture is not one of `ARCHITECTURES`, or it is already quantised.
         CheckpointError: if a file or tensor is missing, damaged or of the wrong shape.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, checkpoint: Checkpoint | None = None) -> None:
         self.directory = directory
         self.raw_config = read_json(directory / "config.json")
+        if checkpoint is not None:
+            del self.raw_config["quantization_config"]
         self._check_supported()
-        self.shards = Shards(directory)
+        self.shards = Shards(directory) if checkpoint is None else DenseShards(checkpoint)
         try:
             self.config: Any = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
             self.config._attn_implementation = "sdpa"
+            if checkpoint is not None:
+                del self.config.quantization_config
             with torch.device("meta"):
                 self._skeleton: Any = AutoModelForCausalLM.from_config(self.config)
         except Exception as error:  # transformers validates in many places, with as many kinds of error

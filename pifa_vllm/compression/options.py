@@ -6,15 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.compression.allocation import Recipe
 from pifa_vllm.compression.report.schema import Allocation, Method, Metric, Representation
 from pifa_vllm.errors import PifaError
 
 # Measured on SmolLM2-135M over densities 0.5 to 0.8, see the README's table of results.
-DEFAULT_RIDGE: dict[Method, float] = {"svd": 0.0, "svd-llm": 1e-6, "mpifa": 1e-3, "mpifa-exact": 1e-3}
+DEFAULT_RIDGE: dict[Method, float] = {
+    "svd": 0.0,
+    "svd-llm": 1e-6,
+    "mpifa": 1e-3,
+    "mpifa-exact": 1e-3,
+    "quantize": 0.0,
+}
 # The paper's for its own update. mpifa-exact shrinks its correction by what it is worth on other samples, and does
 # best with the whole of the dense model's output as its target.
-DEFAULT_MIX: dict[Method, float] = {"svd": 0.0, "svd-llm": 0.0, "mpifa": 0.25, "mpifa-exact": 1.0}
+DEFAULT_MIX: dict[Method, float] = {
+    "svd": 0.0,
+    "svd-llm": 0.0,
+    "mpifa": 0.25,
+    "mpifa-exact": 1.0,
+    "quantize": 0.0,
+}
+
+# As `--factors` calls them. Coefficients keep 8 bits beside pivot rows of 4: their errors reach the outputs times
+# pivot outputs, which otherwise cancel one another.
+FACTORS = {
+    "int8": FactorFormat(bits=8, coefficient_bits=8, group_size=128),
+    "int4": FactorFormat(bits=4, coefficient_bits=8, group_size=32),
+    "fp8": FactorFormat(bits=8, coefficient_bits=8, type="float"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,8 @@ class CompressOptions:
     Attributes:
         model: dense Hugging Face model directory.
         output: checkpoint directory to create.
-        method: "svd", "svd-llm", "mpifa" or "mpifa-exact".
+        method: "svd", "svd-llm", "mpifa" or "mpifa-exact"; or "quantize", for which the model is a PIFA checkpoint
+            that keeps its ranks and pivots.
         representation: "pifa" stores PIFA; "lowrank" budgets by plain low rank's parameter count and stores the
             reconstructed dense weights, for evaluation.
         density: density of every module, or of the model as a whole where ranks are allocated.
@@ -44,6 +66,7 @@ class CompressOptions:
         ridge: relative ridge of the method's solves; None takes the method's default.
         tile: ranks are multiples of this.
         dtype: storage dtype, None keeps the model's.
+        factors: how the linear modules' numbers are quantized, None keeps them in the storage dtype.
         activation_dtype: storage dtype of the two flows.
         device: where to compute.
         chunk_tokens: tokens per forward pass.
@@ -67,6 +90,7 @@ class CompressOptions:
     ridge: float | None = None
     tile: int = 16
     dtype: str | None = None
+    factors: FactorFormat | None = None
     activation_dtype: str = "float32"
     device: str = "cpu"
     chunk_tokens: int = 2048
@@ -95,6 +119,13 @@ class CompressOptions:
             )
         if not 0.0 <= self.effective_ridge < 1e6:
             raise PifaError(f"--ridge: expected a number of 0 or more, found {self.ridge}.")
+        if self.method == "quantize" and self.factors is None:
+            raise PifaError("--method quantize: expected --factors, found none.")
+        if self.factors is not None and self.representation != "pifa":
+            raise PifaError(
+                f"--factors: are quantized in pivoting form, expected --representation pifa, found "
+                f"{self.representation}."
+            )
         if self.samples < self.folds:
             raise PifaError(
                 f"--samples: --method {self.method} judges on one part of the samples what it learns from the "
@@ -141,7 +172,7 @@ class CompressOptions:
     @property
     def uses_compressed_inputs(self) -> bool:
         """Whether modules are solved on the compressed flow's inputs (M) or on the dense flow's alone."""
-        return self.method in ("mpifa", "mpifa-exact")
+        return self.method in ("mpifa", "mpifa-exact", "quantize")
 
     @property
     def uses_drift(self) -> bool:
@@ -167,6 +198,7 @@ class CompressOptions:
             "ridge": self.effective_ridge,
             "tile": self.tile,
             "dtype": self.dtype,
+            **({} if self.factors is None else {"factors": self.factors.model_dump()}),
             "activation_dtype": self.activation_dtype,
             # Chunks are what the samples are divided into folds by.
             "chunk_tokens": self.chunk_tokens,

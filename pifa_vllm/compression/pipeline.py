@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pifa_vllm
-from pifa_vllm.checkpoint import CheckpointWriter, load_tokenizer
+from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, load_tokenizer
 from pifa_vllm.checkpoint.atomic import make_directory
 from pifa_vllm.compression.allocation import allocate, kept_parameters
 from pifa_vllm.compression.calibration.kept import load_kept
@@ -53,7 +53,14 @@ class Compression:
         self.staging = options.output.parent / (options.output.name + ".partial")
         check_output(options.output)
         _check_device(options.device)
-        self.model = DenseModel(options.model)
+        # The one whose factors are quantized.
+        self.given = Checkpoint.open(options.model) if options.method == "quantize" else None
+        if self.given is not None and self.given.config.factors is not None:
+            raise PifaError(
+                f"{options.model}: expected a checkpoint with factors in floating point, found quantized ones. "
+                "Quantize the one that it was made from."
+            )
+        self.model = DenseModel(options.model, self.given)
         if options.length > self.model.max_length:
             raise PifaError(
                 f"--length: expected at most the model's {self.model.max_length} positions, "
@@ -63,7 +70,11 @@ class Compression:
         self.linears = self.model.linears()
         options.density.check(self.linears)
         # Where the gradients decide, it is these that the estimate goes by, and the first to be refused.
-        self.ranks = allocate(self.linears, options.density, options.representation, options.tile)
+        self.ranks = (
+            allocate(self.linears, options.density, options.representation, options.tile)
+            if self.given is None
+            else dict(self.given.config.ranks)
+        )
         self._expected: dict[str, float] = {}
 
     @property
@@ -111,7 +122,15 @@ class Compression:
             writer = CheckpointWriter(self.options.output, self.staging / "checkpoint")
             recipe = recipe_of(self.linears, self.ranks, self.options.representation)
             report = publish(
-                writer, self.model, self.options, self.dtype, journal, calibration.record, command, recipe
+                writer,
+                self.model,
+                self.options,
+                self.dtype,
+                journal,
+                calibration.record,
+                command,
+                recipe,
+                {} if self.given is None else self.given.config.provenance,
             )
             shutil.rmtree(self.staging, ignore_errors=True)
         self.progress.summary(report)
@@ -264,6 +283,7 @@ class Compression:
             outputs,
             self.dtype,
             self._expected,
+            self.given,
             self.progress.module_done,
         )
         for name in model.norm_tensors(layer):

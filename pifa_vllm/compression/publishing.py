@@ -12,6 +12,13 @@ import torch
 
 import pifa_vllm
 from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
+from pifa_vllm.checkpoint.schema import (
+    COEFFICIENT_SCALE,
+    COEFFICIENTS,
+    PIVOT_SCALE,
+    PIVOT_WEIGHT,
+    WEIGHT_SCALE,
+)
 from pifa_vllm.compression.allocation import RECIPE_NAME, Recipe, dump_recipe, kept_parameters
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.journal import Journal
@@ -32,6 +39,7 @@ def publish(
     calibration: dict[str, Any],
     command: str,
     recipe: Recipe,
+    source: dict[str, Any],
 ) -> CompressionReport:
     """Complete a checkpoint whose decoder layers are written, and make it appear as the output directory.
 
@@ -46,6 +54,7 @@ def publish(
         calibration: record of the calibration tokens.
         command: the command line, for the record.
         recipe: of the ranks that the modules were given.
+        source: provenance of the checkpoint whose factors were quantized; empty for a dense model.
 
     Raises:
         CheckpointError: if a file cannot be written, the output directory exists by now, or nothing is left of the
@@ -76,8 +85,15 @@ def publish(
             "options": options.record(),
             "fingerprint": journal.fingerprint,
             "pifa_vllm": pifa_vllm.__version__,
+            **({"source": source} if source else {}),
         }
-        section = PIFAConfig(density=report.density, ranks=ranks, provenance=provenance)
+        section = PIFAConfig(
+            format_version=1 if options.factors is None else 2,
+            density=report.density,
+            ranks=ranks,
+            factors=options.factors,
+            provenance=provenance,
+        )
     writer.publish(config, section)
     return report
 
@@ -103,6 +119,8 @@ def _report(
     linears = model.linears()
     kept = kept_parameters(linears, ranks, options.representation)
     dense = sum(x.m * x.n for x in linears)
+    suffixes = (PIVOT_WEIGHT, PIVOT_SCALE, COEFFICIENTS, COEFFICIENT_SCALE, "weight", WEIGHT_SCALE)
+    numbers = {f"{x.name}.{suffix}" for x in linears for suffix in suffixes}
     versions = {"pifa-vllm": pifa_vllm.__version__, "python": sys.version.split()[0]}
     versions |= {package: importlib.metadata.version(package) for package in _VERSIONED}
     return CompressionReport(
@@ -115,7 +133,9 @@ def _report(
         dense_parameters=dense,
         kept_parameters=kept,
         dense_bytes=dense * dtype.itemsize,
-        kept_bytes=kept * dtype.itemsize,
+        kept_bytes=kept * dtype.itemsize
+        if options.factors is None
+        else writer.tensor_bytes(numbers.__contains__),
         model_dense_bytes=sum(entry.nbytes for entry in model.shards.entries.values()),
         model_kept_bytes=writer.tensor_bytes(),
         dtype=str(dtype).removeprefix("torch."),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not re-exported
 
+from pifa_vllm.checkpoint import Checkpoint
+from pifa_vllm.checkpoint.schema import WEIGHT_SCALE
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compression.allocation import PARAMETERS
 from pifa_vllm.compression.correction import fit_correction
@@ -23,9 +25,11 @@ from pifa_vllm.compression.lowrank import (
 )
 from pifa_vllm.compression.moments import Moments
 from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.quantize import quantize_factors, round_matrix
 from pifa_vllm.compression.report.schema import ModuleReport
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import factorize
+from pifa_vllm.factorization import PIFA, factorize
+from pifa_vllm.quantization import QuantizedPIFA
 
 
 class LayerSolver:
@@ -39,6 +43,7 @@ class LayerSolver:
         outputs: S by path in the layer, see `whitened_svd`; None where errors are measured on the inputs alone.
         dtype: storage dtype.
         expected: by full module name, see `ModuleReport.expected_loss`.
+        given: the checkpoint that has the factors, where they are only to be quantized.
         on_module: told of each finished module.
     """
 
@@ -51,6 +56,7 @@ class LayerSolver:
         outputs: dict[str, Tensor] | None,
         dtype: torch.dtype,
         expected: dict[str, float],
+        given: Checkpoint | None,
         on_module: Callable[[ModuleReport], None],
     ) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -61,7 +67,9 @@ class LayerSolver:
         self._ranks = ranks
         self._outputs = outputs
         self._dtype = dtype
+        self._format = options.factors
         self._expected = expected
+        self._given = given
         self._on_module = on_module
 
     def __call__(self, module: str, weight: Tensor, moments: Moments) -> Tensor:
@@ -81,24 +89,32 @@ class LayerSolver:
         m, n = weight.shape
         bias = self._dense.linears[module].bias
         if name not in self._ranks:
-            return self._keep_dense(name, weight, bias, started)
+            return self._keep_dense(name, weight, gram, bias, started)
 
-        try:
-            u, v = self._factors(module, weight, gram, moments)
-        except LinAlgError as error:
-            raise PifaError(
-                f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
-            ) from error
-        product = u @ v
+        factors: PIFA | None = None
+        if self._given is not None:
+            factors = self._given.load(name).to(torch.float64)
+            product = factors.dense()
+        else:
+            try:
+                u, v = self._factors(module, weight, gram, moments)
+            except LinAlgError as error:
+                raise PifaError(
+                    f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
+                ) from error
+            product = u @ v
         if not bool(torch.isfinite(product).all()):
             raise PifaError(f"{name}: its solution is not finite. A larger --ridge helps.")
         if self._options.representation == "pifa":
-            factors = factorize(u, v)
-            stored = factors.to(self._dtype)
+            if factors is None:
+                factors = factorize(u, v)
             rank, largest = factors.rank, factors.max_coefficient
+            stored: PIFA | QuantizedPIFA = factors.to(self._dtype)
+            if self._format is not None:
+                stored = quantize_factors(factors, gram, self._format)
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
-            used = stored.to(torch.float64).dense()
-            self.tensors.update(module_tensors(name, factors, bias, self._dtype))
+            used = (stored if isinstance(stored, PIFA) else stored.values()).to(torch.float64).dense()
+            self.tensors.update(module_tensors(name, stored, bias, self._dtype))
         else:
             rank, largest = self._ranks[name], 0.0
             used = product.to(self._dtype).double()
@@ -137,18 +153,25 @@ class LayerSolver:
         # Reduced-rank regression: the best rank-r answer to the least-squares one, in the metric of the inputs.
         return whitened_svd(weight.double() + correction.delta, gram, rank, ridge, outputs)
 
-    def _keep_dense(self, name: str, weight: Tensor, bias: Tensor | None, started: float) -> Tensor:
+    def _keep_dense(
+        self, name: str, weight: Tensor, gram: Tensor, bias: Tensor | None, started: float
+    ) -> Tensor:
         used = weight.to(self._dtype)
         self._store_dense(name, used, bias)
+        if self._format is not None:
+            found = round_matrix(weight, gram, self._format.dtype, self._format.group)
+            used = found.values()
+            self.tensors |= {f"{name}.weight": found.numbers, f"{name}.{WEIGHT_SCALE}": found.scale}
         m, n = weight.shape
+        scale = float(weight.norm())
         self._report(
             name,
             m,
             n,
             rank=min(m, n),
             density=1.0,
-            output_error=0.0,
-            weight_error=0.0,
+            output_error=output_error(weight, used.double(), gram) if self._format else 0.0,
+            weight_error=float((used - weight).norm()) / scale if self._format and scale > 0.0 else 0.0,
             max_coefficient=0.0,
             started=started,
             dense=True,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from pifa_vllm.healing.options import HealOptions
-from pifa_vllm.hf import PIFALinear
+from pifa_vllm.layers import PIFALinear
 from pifa_vllm.loading import load, positions_at_once
 
 # The teacher's hidden states of sequences that come again, in memory; what does not fit is computed again.

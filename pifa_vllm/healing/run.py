@@ -29,8 +29,9 @@ from pifa_vllm.healing.text import Text, batch_indices, load_text
 _DIVERGED = 3.0
 # Steps whose median tells a run that diverges.
 _RECENT = 5
-# Looks at the held-out text, none better than an earlier one of the trained model, before a run ends early. The
-# input does not count: where it has lost little, the optimizer's first steps cost more than the next give back.
+# Looks at the held-out text, none better than an earlier one of the trained model, before a run ends early; but not
+# while they get better from one to the next. Where little is lost, the rate's peak costs more than its fall gives
+# back for many looks, and for the same reason the input does not count.
 _PATIENCE = 5
 # Seconds without a line, where looks are far apart.
 _SILENCE = 60.0
@@ -58,6 +59,11 @@ class Healing:
         self.staging = options.output.parent / (options.output.name + ".partial")
         check_output(options.output)
         self.checkpoint = Checkpoint.open(options.model)
+        if self.checkpoint.config.factors is not None:
+            raise PifaError(
+                f"{options.model}: expected a checkpoint with factors in floating point, found quantized ones. "
+                "Heal the one that it was made from, and quantize that (`pifa-vllm quantize`)."
+            )
         self.teacher = DenseModel(options.teacher)
         if options.length > self.teacher.max_length:
             raise PifaError(
@@ -178,7 +184,8 @@ class Healing:
         train = math.fsum(losses) / len(losses) if losses else None
         state.history.append(HealingPoint(step=step, tokens=tokens, train=train, held_out=held_out))
         trained = [point.held_out for point in state.history[1:]]
-        if trained and trained.index(min(trained)) < len(trained) - _PATIENCE:
+        late = bool(trained) and trained.index(min(trained)) < len(trained) - _PATIENCE
+        if late and trained[-1] >= trained[-2]:
             state.stopped = f"no better on held-out text for {_PATIENCE} looks, at step {step}"
 
     def _settle(self, distillation: Distillation, files: StateFiles, state: State, text: Text) -> float:

@@ -64,29 +64,31 @@ class ColumnLayout:
         ]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """[own pivot rows + rows of dense shards, n]; numbers of its coefficients; its outputs."""
-        return {
-            "pivot_weight": (self._own + sum(self._dense), self.shards[0].n),
-            "coefficients": (sum(math.prod(shape) for shape in self._coefficients()),),
-            "rows": (sum(end - begin for begin, end in self._outputs),),
-        }
+        """[own pivot rows + rows of dense shards, n]; numbers of its coefficients; its outputs; and of scales."""
+        first, rows = self.shards[0], self._own + sum(self._dense)
+        shapes: dict[str, tuple[int, ...]] = {"rows": (sum(end - begin for begin, end in self._outputs),)}
+        for name in ("pivot_weight", "pivot_scale")[: 2 if first.kind else 1]:
+            shapes[name] = (rows, first.shape(name)[1])
+        for name in ("coefficients", "coefficient_scale")[: 2 if first.kind else 1]:
+            shapes[name] = (sum(math.prod(shape) for shape in self._coefficients(name)),)
+        return shapes
 
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View this rank's pivot rows of a shard, its coefficients, or its rows of a dense one."""
-        if suffix == "coefficients":
-            return self._matrices(parameters.coefficients)[index]
-        weight = parameters.pivot_weight
-        if suffix == "weight":
-            return torch.split(weight[self._own :], self._dense)[index]
+        whole = parameters.of(suffix)
+        if suffix in ("coefficients", "coefficient_scale"):
+            return self._matrices(whole, suffix)[index]
+        if suffix in ("weight", "weight_scale"):
+            return torch.split(whole[self._own :], self._dense)[index]
         begin, end = self._own_pivots(index)
         offset = self._pivot[index] - self._first
-        return weight[begin + offset : end + offset]
+        return whole[begin + offset : end + offset]
 
     def cut(self, index: int, suffix: str, tensor: Tensor) -> Tensor:
         """Cut the same out of the checkpoint's tensor."""
-        if suffix == "coefficients":
+        if suffix in ("coefficients", "coefficient_scale"):
             begin, end = self._rest[index]
-        elif suffix == "weight":
+        elif suffix in ("weight", "weight_scale"):
             begin, end = self._outputs[index]
         else:
             begin, end = self._own_pivots(index)
@@ -127,7 +129,7 @@ class ColumnLayout:
 
     def start(self, parameters: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y_p [..., R], gathered, and this rank's outputs of dense shards."""
-        y = dense(x, parameters.pivot_weight)
+        y = dense(x, parameters.pivot_weight, None, parameters.pivot_scale, parameters.group_size)
         own, kept = torch.split(y, [self._own, sum(self._dense)], dim=-1)
         if self._stack == 0:
             return own, kept
@@ -137,12 +139,15 @@ class ColumnLayout:
 
     def finish(self, parameters: Parameters, y_p: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
         """Return this rank's outputs."""
-        columns = [y_p, kept]
-        for shard, first, matrix in zip(
-            self.shards, self._pivot, self._matrices(parameters.coefficients), strict=True
-        ):
+        columns, size = [y_p, kept], parameters.group_size
+        matrices = self._matrices(parameters.coefficients, "coefficients")
+        scales: Sequence[Tensor | None] = [None] * len(matrices)
+        if parameters.coefficient_scale is not None:
+            scales = self._matrices(parameters.coefficient_scale, "coefficient_scale")
+        for shard, first, matrix, scale in zip(self.shards, self._pivot, matrices, scales, strict=True):
             if matrix.shape[0] > 0:
-                columns.append(dense(y_p[..., first : first + (shard.rank or 0)], matrix))
+                own = y_p[..., first : first + (shard.rank or 0)]
+                columns.append(dense(own, matrix, None, scale, size))
         y = torch.cat(columns, dim=-1).index_select(-1, parameters.rows)
         return y if bias is None else y + bias
 
@@ -152,12 +157,16 @@ class ColumnLayout:
         begin, end = (min(max(edge, 0), rank) for edge in (first, first + self._own))
         return begin, end
 
-    def _coefficients(self) -> list[tuple[int, int]]:
-        return [(end - begin, s.rank or 0) for s, (begin, end) in zip(self.shards, self._rest, strict=True)]
+    def _coefficients(self, suffix: str) -> list[tuple[int, int]]:
+        """Of each shard the shape of its coefficients, or of their scales, on this rank."""
+        return [
+            (end - begin, s.columns(suffix, 0, s.rank or 0).stop)
+            for s, (begin, end) in zip(self.shards, self._rest, strict=True)
+        ]
 
-    def _matrices(self, flat: Tensor) -> list[Tensor]:
-        """Of each shard [rows of C on this rank, r]."""
-        shapes = self._coefficients()
+    def _matrices(self, flat: Tensor, suffix: str) -> list[Tensor]:
+        """Of each shard [rows of C on this rank, r], as it is stored."""
+        shapes = self._coefficients(suffix)
         parts = torch.split(flat, [math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 

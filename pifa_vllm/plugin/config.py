@@ -127,6 +127,6 @@ class PIFAQuantizationConfig(QuantizationConfig):
             # None gives embeddings and attention the method that they have in a dense model.
             return None
         shards = self.view.shards(prefix, self.packed_modules_mapping, has_bias=layer.has_bias)
-        if all(shard.rank is None for shard in shards):
+        if self.view.kind is None and all(shard.rank is None for shard in shards):
             return StreamedLinearMethod() if current_platform.is_cpu() else UnquantizedLinearMethod()
         return PIFALinearMethod(self.view, shards)

@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.quantization import groups, row_width, unit
+
+# The tensor of scales that lies beside one of numbers.
+SCALE_OF = {"pivot_weight": "pivot_scale", "coefficients": "coefficient_scale", "weight": "weight_scale"}
 
 
 @dataclass
@@ -24,6 +29,7 @@ class Shard:
         rank: None if it is dense beside compressed ones: all of its rows are pivot rows then.
         m: set when vLLM tells the layer's shape.
         n: likewise.
+        kind: how its numbers are quantized, if they are; the same of all shards of a layer.
         loaded: suffixes of the tensors that were loaded.
     """
 
@@ -31,12 +37,15 @@ class Shard:
     rank: int | None
     m: int = 0
     n: int = 0
+    kind: FactorFormat | None = None
     loaded: set[str] = field(default_factory=set)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """The tensors, besides a bias, that the checkpoint holds for it."""
-        return ("weight",) if self.rank is None else ("pivot_weight", "coefficients", "pivot_rows")
+        numbers = ("weight",) if self.rank is None else ("pivot_weight", "coefficients")
+        scales = () if self.kind is None else tuple(map(SCALE_OF.__getitem__, numbers))
+        return (*numbers, *scales, *(() if self.rank is None else ("pivot_rows",)))
 
     def source(self, suffix: str) -> str:
         """Name one of its tensors in an error."""
@@ -51,7 +60,31 @@ class Shard:
         """Shape of one of its tensors in the checkpoint."""
         if suffix == "pivot_rows":
             return [self.pivots]
-        return [self.m - self.pivots, self.pivots] if suffix == "coefficients" else [self.pivots, self.n]
+        of_coefficients = suffix in ("coefficients", "coefficient_scale")
+        rows, k = (self.m - self.pivots, self.pivots) if of_coefficients else (self.pivots, self.n)
+        return [rows, self.columns(suffix, 0, k).stop]
+
+    def dtype(self, suffix: str, served: torch.dtype) -> torch.dtype:
+        """Of one of its tensors where the model is served in `served`."""
+        if self.kind is None or suffix == "pivot_rows":
+            return torch.int32 if suffix == "pivot_rows" else served
+        if suffix.endswith("_scale"):
+            return torch.float16
+        return self.kind.coefficient_dtype if suffix == "coefficients" else self.kind.dtype
+
+    def unit(self, suffix: str) -> int:
+        """Columns of a matrix that only one tensor-parallel rank can have, see `quantization.unit`."""
+        return 1 if self.kind is None else unit(self.dtype(suffix, torch.float32), self.kind.group)
+
+    def columns(self, suffix: str, begin: int, end: int) -> slice:
+        """Where a tensor has the columns [begin, end) of its matrix; `begin` is a multiple of its unit."""
+        if self.kind is None:
+            return slice(begin, end)
+        if suffix.endswith("_scale"):
+            size = self.kind.group
+            return slice(begin // size, groups(end, size)) if size else slice(0, min(end, 1))
+        stored = self.dtype(suffix, torch.float32)
+        return slice(row_width(begin, stored), row_width(end, stored))
 
 
 class Parameters(NamedTuple):
@@ -61,11 +94,22 @@ class Parameters(NamedTuple):
         pivot_weight: matrix; the rows that x is multiplied with first.
         coefficients: flat; the matrices that y_p is multiplied with, one after another.
         rows: int32 [outputs of this rank], where they come from or go to; derived from the pivot rows.
+        pivot_scale: of the pivot weight, where it is quantized.
+        coefficient_scale: flat, of the coefficients.
+        group_size: of the groups that share a scale.
     """
 
     pivot_weight: Tensor
     coefficients: Tensor
     rows: Tensor
+    pivot_scale: Tensor | None = None
+    coefficient_scale: Tensor | None = None
+    group_size: int = 0
+
+    def of(self, suffix: str) -> Tensor:
+        """Return the one that a shard's tensor is part of: the rows of dense shards are pivot rows here."""
+        found = getattr(self, {"weight": "pivot_weight", "weight_scale": "pivot_scale"}.get(suffix, suffix))
+        return cast("Tensor", found)
 
 
 class Layout(Protocol):
@@ -103,21 +147,20 @@ class WholeLayout:
         self._out_features = [shard.m for shard in shards]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """[Σr, n], Σ (m - r) r, Σm."""
-        coefficients = sum(math.prod(shard.shape("coefficients")) for shard in self.shards)
-        return {
-            "pivot_weight": (sum(self._ranks), self.shards[0].n),
-            "coefficients": (coefficients,),
-            "rows": (sum(self._out_features),),
-        }
+        """[Σr, n], Σ (m - r) r, Σm, and of scales."""
+        pivots, rest = sum(self._ranks), [SCALE_OF["pivot_weight"], SCALE_OF["coefficients"]]
+        names = ["pivot_weight", "coefficients", *(rest if self.shards[0].kind else [])]
+        flat = {name: (sum(math.prod(shard.shape(name)) for shard in self.shards),) for name in names[1::2]}
+        wide = {name: (pivots, self.shards[0].shape(name)[1]) for name in names[::2]}
+        return {**wide, **flat, "rows": (sum(self._out_features),)}
 
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View a shard's whole tensor."""
-        if suffix == "coefficients":
+        whole = parameters.of(suffix)
+        if suffix in ("coefficients", "coefficient_scale"):
             shapes = [shard.shape(suffix) for shard in self.shards]
-            split = torch.split(parameters.coefficients, [math.prod(shape) for shape in shapes])
-            return split[index].view(shapes[index])
-        return torch.split(parameters.pivot_weight, self._ranks)[index]
+            return torch.split(whole, [math.prod(shape) for shape in shapes])[index].view(shapes[index])
+        return torch.split(whole, self._ranks)[index]
 
     def cut(self, index: int, suffix: str, tensor: Tensor) -> Tensor:
         """Keep all of it."""
@@ -137,13 +180,17 @@ class WholeLayout:
             self._ranks,
             self._out_features,
             bias,
+            *parameters[3:],
         )
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, group_size: int = 0
+) -> Tensor:
     """Multiply x [..., n] by a dense matrix [m, n]: to the kernels one that is all pivot rows, in order."""
     m = weight.shape[0]
     if m == 0 or weight.shape[1] == 0:
         y = x.new_zeros((*x.shape[:-1], m))
         return y if bias is None else y + bias
-    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias)
+    no_scale = None if scale is None else scale.new_empty(0)
+    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias, scale, no_scale, group_size)

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from pifa_vllm.checkpoint import check_finite, check_pivot_rows
+from pifa_vllm.checkpoint.validate import check_scale
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.ops.cpu import ask_for_large_pages, load
 from pifa_vllm.plugin.layout import Layout, Parameters, Shard
@@ -57,13 +58,17 @@ class PIFALinearMethod(LinearMethodBase):
         self.layout = choose_layout(
             self.view, self.shards, layer, input_size_per_partition, output_partition_sizes
         )
+        first = self.shards[0]
         shapes = {
             **self.layout.shapes(),
             "pivot_rows": (sum(s.rank or 0 for s in self.shards),),
             "weight": (0,),
+            **({} if first.kind is None else {"weight_scale": (0,)}),
         }
         for suffix, shape in shapes.items():
-            dtype = torch.int32 if suffix in ("rows", "pivot_rows") else params_dtype
+            dtype = torch.int32 if suffix == "rows" else first.dtype(suffix, params_dtype)
+            # LoRA takes the dtype of its own weights from there.
+            dtype = params_dtype if suffix == "weight" else dtype
             parameter = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
             # vLLM's protocol. A bound method, because its reloading of weights looks for those to let go of layers.
             set_weight_attrs(parameter, {"suffix": suffix, "weight_loader": MethodType(_load_shard, layer)})
@@ -92,7 +97,7 @@ class PIFALinearMethod(LinearMethodBase):
         layer.rows.zero_()
         with self.view.loading():
             self._finish(layer)
-            self.view.check_dense(layer.pivot_weight.dtype)
+            self.view.check_dense(layer.weight.dtype)
         if layer.rows.device.type == "cpu":
             load()
             for factor in (layer.pivot_weight, layer.coefficients):
@@ -106,7 +111,8 @@ class PIFALinearMethod(LinearMethodBase):
                 if suffix != "pivot_rows":
                     # In the dtype that is served: a checkpoint's float32 may overflow in float16.
                     part = self.part(layer, index, suffix)
-                    check_finite(part, f"{shard.source(suffix)} ({part.dtype})")
+                    check = check_scale if suffix.endswith("_scale") else check_finite
+                    check(part, f"{shard.source(suffix)} ({part.dtype})")
             # Should weights be loaded again, the next load is checked by itself.
             shard.loaded.clear()
 
@@ -122,7 +128,12 @@ class PIFALinearMethod(LinearMethodBase):
 
 
 def _parameters(layer: LinearBase) -> Parameters:
-    return Parameters(layer.pivot_weight, layer.coefficients, layer.rows)
+    method: PIFALinearMethod = layer.quant_method
+    kind = method.shards[0].kind
+    factors = (layer.pivot_weight, layer.coefficients, layer.rows)
+    if kind is None:
+        return Parameters(*factors)
+    return Parameters(*factors, layer.pivot_scale, layer.coefficient_scale, kind.group)
 
 
 def _load_shard(
@@ -160,6 +171,8 @@ def _copy_shard(
     else:
         loaded_weight = method.layout.cut(index, suffix, loaded_weight)
     part = method.part(layer, index, suffix)
+    if shard.kind is not None and loaded_weight.dtype != part.dtype:
+        raise CheckpointError(f"{source}: expected {part.dtype}, found {loaded_weight.dtype}.")
     part.copy_(loaded_weight)
     if not part.numel():
         # Reloading counts the numbers that are copied, and must not take a layer for complete before this came.

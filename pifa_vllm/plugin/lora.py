@@ -134,8 +134,7 @@ def _linear_layers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Module name to [m, n], dense ones included."""
     entries = checkpoint.shards.entries
     dense = {name.removesuffix(".weight"): e.shape for name, e in entries.items() if name.endswith(".weight")}
-    compressed = {name: (entry.m, entry.n) for name, entry in checkpoint.modules.items()}
-    return {name: shape for name, shape in (dense | compressed).items() if len(shape) == 2}
+    return {name: shape for name, shape in (dense | checkpoint.linear).items() if len(shape) == 2}
 
 
 def _sparing(op: Callable[..., None]) -> Callable[..., None]:

@@ -59,7 +59,12 @@ def choose_layout(
                 f"{min(shard.m, shard.n)} for a layer of shape [{shard.m}, {shard.n}], found {shard.rank}."
             )
     if row:
-        begin = layer.tp_rank * inputs
+        begin, unit = layer.tp_rank * inputs, shards[0].unit("pivot_weight")
+        if inputs % unit:
+            raise UnsupportedModelError(
+                f"layer {shards[0].name}: expected a tensor parallel size that leaves each rank a multiple of the "
+                f"{unit} inputs that are quantized together, found {layer.tp_size}, which leaves it {inputs}."
+            )
         return RowLayout(shards[0], (begin, begin + inputs), layer.tp_rank, layer.tp_size, _reduce_scatter)
     if column:
         begins = [layer.tp_rank // copies * m for m, copies in zip(outputs, replicas, strict=True)]

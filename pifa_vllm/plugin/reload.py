@@ -88,6 +88,11 @@ def check_reload(view: CheckpointView, methods: list[PIFALinearMethod], model: s
 def _check_ranks(view: CheckpointView, checkpoint: Checkpoint) -> None:
     expected = {view.stored_name(name): rank for name, rank in view.ranks.items()}
     found = checkpoint.config.ranks
+    if checkpoint.config.factors != view.kind:
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'}: quantization_config.factors: expected {view.kind}, found "
+            f"{checkpoint.config.factors}. {_ADVICE}"
+        )
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

@@ -43,32 +43,43 @@ class RowLayout:
         self.shards = [shard]
         self._inputs = inputs
         self._reduce_scatter = reduce_scatter
-        share = -(-shard.pivots // tp_size)
+        unit = shard.unit("coefficients")
+        share = -(-shard.pivots // (tp_size * unit)) * unit
         self._padding = share * tp_size - shard.pivots
         self._begin = min(tp_rank * share, shard.pivots)
         self._end = min(self._begin + share, shard.pivots)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """[r, own inputs]; (m - r) · own pivots; m."""
+        """[r, own inputs]; (m - r) · own pivots; m; and of scales."""
         (shard,) = self.shards
-        rest, _ = shard.shape("coefficients")
-        return {
-            "pivot_weight": (shard.pivots, self._inputs[1] - self._inputs[0]),
-            "coefficients": (rest * (self._end - self._begin),),
-            "rows": (shard.m,),
-        }
+        rest = shard.m - shard.pivots
+        shapes: dict[str, tuple[int, ...]] = {"rows": (shard.m,)}
+        for name in ("pivot_weight", "pivot_scale")[: 2 if shard.kind else 1]:
+            shapes[name] = (shard.pivots, self._width(name))
+        for name in ("coefficients", "coefficient_scale")[: 2 if shard.kind else 1]:
+            shapes[name] = (rest * self._width(name),)
+        return shapes
 
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View all of a parameter."""
-        if suffix == "coefficients":
-            (shard,) = self.shards
-            return parameters.coefficients.view(shard.m - shard.pivots, self._end - self._begin)
-        return parameters.pivot_weight
+        (shard,), whole = self.shards, parameters.of(suffix)
+        if suffix in ("coefficients", "coefficient_scale"):
+            return whole.view(shard.m - shard.pivots, self._width(suffix))
+        return whole
 
     def cut(self, index: int, suffix: str, tensor: Tensor) -> Tensor:
         """Cut this rank's columns out of the checkpoint's tensor."""
-        begin, end = (self._begin, self._end) if suffix == "coefficients" else self._inputs
-        return tensor[:, begin:end]
+        return tensor[:, self._columns(suffix)]
+
+    def _columns(self, suffix: str) -> slice:
+        of_coefficients = suffix in ("coefficients", "coefficient_scale")
+        return self.shards[0].columns(
+            suffix, *((self._begin, self._end) if of_coefficients else self._inputs)
+        )
+
+    def _width(self, suffix: str) -> int:
+        columns = self._columns(suffix)
+        return columns.stop - columns.start  # type: ignore[no-any-return]  # a slice's are Any
 
     def rows(self, pivot_rows: Sequence[Tensor]) -> Tensor:
         """int32 [m]."""
@@ -85,9 +96,13 @@ class RowLayout:
 
     def apply(self, parameters: Parameters, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., own inputs] to a summand of y [..., m]; the bias is one rank's."""
-        y_p = dense(x, parameters.pivot_weight)  # [..., r]
+        size = parameters.group_size
+        y_p = dense(x, parameters.pivot_weight, None, parameters.pivot_scale, size)  # [..., r]
         own = self._reduce_scatter(pad(y_p, (0, self._padding)))[..., : self._end - self._begin]
-        rest = dense(own, self.part(0, "coefficients", parameters))
+        scale = None
+        if parameters.coefficient_scale is not None:
+            scale = self.part(0, "coefficient_scale", parameters)
+        rest = dense(own, self.part(0, "coefficients", parameters), None, scale, size)
         y = torch.cat([own, rest, own.new_zeros((*own.shape[:-1], 1))], dim=-1)
         y = y.index_select(-1, parameters.rows)
         return y if bias is None else y + bias

@@ -27,6 +27,7 @@ class CheckpointView:
 
     Attributes:
         ranks: module name, as vLLM calls it, to rank.
+        kind: how linear modules are quantized, if they are.
         tensors: the names of all tensors in the checkpoint, as vLLM calls them; None where the model is not a
             local directory, and completeness is known only while loading.
         shapes: of the same, under the checkpoint's names.
@@ -39,6 +40,7 @@ class CheckpointView:
 
     def __init__(self, config: PIFAConfig) -> None:
         self.ranks = dict(config.ranks)
+        self.kind = config.factors
         self.tensors: set[str] | None = None
         self.shapes: dict[str, tuple[int, ...]] | None = None
         self.model = ""
@@ -92,7 +94,7 @@ class CheckpointView:
         """
         parent, dot, last = prefix.removeprefix(_DRAFT_PREFIX).rpartition(".")
         names = [f"{parent}{dot}{part}" for part in packed.get(last, [last])]
-        shards = [Shard(name, self.ranks.get(name)) for name in names]
+        shards = [Shard(name, self.ranks.get(name), kind=self.kind) for name in names]
         self._matched.update(names)
         for shard in shards:
             for suffix in (*shard.suffixes, *(["bias"] if has_bias else [])):

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig
+from pifa_vllm.checkpoint import CheckpointWriter, FactorFormat, PIFAConfig
 from pifa_vllm.checkpoint.shards import INDEX_NAME
 from pifa_vllm.checkpoint.writer import module_tensors
-from pifa_vllm.factorization import factorize
+from pifa_vllm.factorization import PIFA, factorize
+from pifa_vllm.quantization import round_to_nearest
+from tests.pifa_tiny import quantized
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -106,3 +108,20 @@ class Sample:
             writer.write_shard(file, tensors)
         writer.write_text("README.md", "A model card.")
         writer.publish(dict(CONFIG), PIFAConfig.parse(self.section, "sample"))
+
+
+def quantized_sample(bits: int = 4, coefficient_bits: int = 8, kind: str = "int") -> Sample:
+    """The same with every linear module quantized, in groups of 32."""
+    sample = Sample()
+    factors = FactorFormat.model_validate(
+        {"bits": bits, "coefficient_bits": coefficient_bits, "type": kind, "group_size": 32}
+    )
+    sample.section |= {"format_version": 2, "factors": factors.model_dump()}
+    for shard in sample.shards:
+        for name in [x.removesuffix(".pivot_rows") for x in shard if x.endswith(".pivot_rows")]:
+            whole = PIFA(*(shard[f"{name}.{x}"] for x in ("pivot_weight", "coefficients", "pivot_rows")))
+            shard |= module_tensors(name, quantized(whole, factors), None, torch.float32)
+        for name in [x for x in shard if x.endswith("_proj.weight")]:
+            found = round_to_nearest(shard[name], factors.dtype, 32)
+            shard |= {name: found.numbers, f"{name}_scale": found.scale}
+    return sample

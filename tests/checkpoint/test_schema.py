@@ -12,21 +12,36 @@ from pifa_vllm.checkpoint import PIFAConfig, is_pifa, read_config, read_json
 from pifa_vllm.errors import CheckpointError
 from tests.checkpoint.sample import Sample
 
+FACTORS = {"bits": 4, "coefficient_bits": 8, "type": "int", "group_size": 32, "symmetric": True}
 
-def test_a_good_section_round_trips() -> None:
-    section = Sample().section
+
+@pytest.mark.parametrize("more", [{}, {"format_version": 2, "factors": FACTORS}])
+def test_a_good_section_round_trips(more: dict[str, Any]) -> None:
+    section = Sample().section | more
     assert PIFAConfig.parse(section, "config.json").model_dump() == section
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, r"format_version 2, expected at most 1\. Update pifa-vllm"),
+        ({"format_version": 3}, r"format_version 3, expected at most 2\. Update pifa-vllm"),
+        ({"format_version": 2}, r"quantization_config: .*format_version 2 has factors"),
+        ({"factors": FACTORS}, r"quantization_config: .*version 1 has none"),
+        ({"format_version": 2, "factors": None}, r"quantization_config: .*format_version 2 has factors"),
+        ({"format_version": 2, "factors": FACTORS | {"bits": 5}}, r"factors\.bits: .*found 5"),
+        ({"format_version": 2, "factors": FACTORS | {"bits": True}}, r"factors\.bits: .*found True"),
+        ({"format_version": 2, "factors": FACTORS | {"group_size": 48}}, r"factors\.group_size: .*found 48"),
+        (
+            {"format_version": 2, "factors": FACTORS | {"symmetric": False}},
+            r"factors\.symmetric: .*found False",
+        ),
+        ({"format_version": 2, "factors": FACTORS | {"zero": 1}}, r"factors\.zero: Extra inputs.*found 1"),
+        ({"format_version": 2, "factors": FACTORS | {"type": "float"}}, r"factors: .*floats have 8 bits"),
         ({"format_version": 0}, r"quantization_config\.format_version: .*found 0"),
-        ({"format_version": True}, r"format_version: expected 1, found True"),
-        ({"format_version": 1.0}, r"format_version: expected 1, found 1\.0"),
-        ({"format_version": "1"}, r"format_version: expected 1, found '1'"),
-        ({"format_version": None}, r"format_version: expected 1, found None"),
+        ({"format_version": True}, r"format_version: expected 1 to 2, found True"),
+        ({"format_version": 1.0}, r"format_version: expected 1 to 2, found 1\.0"),
+        ({"format_version": "1"}, r"format_version: expected 1 to 2, found '1'"),
+        ({"format_version": None}, r"format_version: expected 1 to 2, found None"),
         ({"quant_method": "gptq"}, r"quantization_config\.quant_method: .*found 'gptq'"),
         ({"density": 0}, r"quantization_config\.density: .*greater than 0.*found 0"),
         ({"density": 1.01}, r"quantization_config\.density: .*found 1\.01"),

@@ -149,7 +149,7 @@ HEADER_ATTACKS: dict[str, tuple[Callable[[Sample], None], str]] = {
         rf"{UP}\.bias: expected torch\.float32 \[9\], found torch\.int64",
     ),
     "unknown key": (lambda s: s.section.update(bits=4), r"quantization_config\.bits"),
-    "future format": (lambda s: s.section.update(format_version=2), r"format_version 2, expected at most 1"),
+    "future format": (lambda s: s.section.update(format_version=3), r"format_version 3, expected at most 2"),
     "fractional rank": (lambda s: s.section["ranks"].update({Q: 3.0}), rf"ranks\.{Q}: .*found 3\.0"),
     "boolean rank": (lambda s: s.section["ranks"].update({Q: True}), rf"ranks\.{Q}: .*found True"),
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.ops import stacked_rows
-from pifa_vllm.quantization import dequantize, fit_scales, pack, round_to, spread
+from pifa_vllm.quantization import QuantizedPIFA, round_to_nearest
 
 # Relative to the largest output; the reference is float64 on the rounded factors.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -55,22 +55,23 @@ class Layer:
 
     def quantized(self, pivot_dtype, coefficient_dtype, group_size):
         """The same arguments with quantized factors, and a layer of what they stand for."""
-        arguments, stands_for, stored = self.arguments(), [], {"pivot_weight": [], "coefficients": []}
-        for shard in self.shards:
-            values = []
-            for name, dtype in (("pivot_weight", pivot_dtype), ("coefficients", coefficient_dtype)):
-                matrix = getattr(shard, name).float()
-                scale = fit_scales(matrix, dtype, group_size)
-                numbers = pack(round_to(matrix, spread(scale, matrix.shape[1], group_size), dtype), dtype)
-                stored[name].append((numbers, scale))
-                values.append(dequantize(numbers, scale, matrix.shape[1], group_size))
-            stands_for.append(PIFA(*values, shard.pivot_rows))
-        weights, weight_scales = zip(*stored["pivot_weight"], strict=True)
-        coefficients, scales = ([t.flatten() for t in x] for x in zip(*stored["coefficients"], strict=True))
-        arguments[:2] = [torch.cat(weights), torch.cat(coefficients)]
-        return [*arguments, torch.cat(weight_scales), torch.cat(scales), group_size], Layer(
-            stands_for, self.bias, self.n
-        )
+        arguments = self.arguments()
+        shards = [
+            QuantizedPIFA(
+                round_to_nearest(shard.pivot_weight.float(), pivot_dtype, group_size),
+                round_to_nearest(shard.coefficients.float(), coefficient_dtype, group_size),
+                shard.pivot_rows,
+            )
+            for shard in self.shards
+        ]
+        arguments[0] = torch.cat([shard.pivot_weight.numbers for shard in shards])
+        arguments[1] = torch.cat([shard.coefficients.numbers.flatten() for shard in shards])
+        scales = [
+            torch.cat([shard.pivot_weight.scale for shard in shards]),
+            torch.cat([shard.coefficients.scale.flatten() for shard in shards]),
+            group_size,
+        ]
+        return [*arguments, *scales], Layer([shard.values() for shard in shards], self.bias, self.n)
 
     def expected(self, x):
         """The dense product in float64."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pifa_vllm.checkpoint import FactorFormat
 from tests.edit import copy_edited
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
@@ -23,6 +24,10 @@ TOKENS = 12
 # Where transformers' two best tokens are closer than this, either is a right answer.
 TIE = 1e-3
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+QUANTIZED = {
+    "int8": FactorFormat(bits=8, coefficient_bits=8, group_size=64),
+    "int4": FactorFormat(bits=4, coefficient_bits=8, group_size=32),
+}
 
 
 def ranks(name, m, n):
@@ -84,6 +89,8 @@ def models(tmp_path_factory):
         # vLLM's CPU attention takes head sizes from 32 on.
         save_tiny_model(root / name, name, hidden=128, intermediate=176)
         save_pifa_twin(root / name, root / f"{name}-pifa", root / f"{name}-twin", ranks=ranks)
+    for name, kind in QUANTIZED.items():
+        save_pifa_twin(root / "llama", root / f"{name}-pifa", root / f"{name}-twin", ranks=ranks, kind=kind)
     return root
 
 
@@ -163,7 +170,7 @@ def served(models, tmp_path_factory):
     jobs = {
         # First, as it would be in a process of its own: eager engines leave their rotary embedding behind.
         "compiled": {"model": str(models / "llama-pifa"), "options": {"enforce_eager": False}},
-        **{name: {"model": str(models / f"{name}-pifa")} for name in ARCHITECTURES},
+        **{name: {"model": str(models / f"{name}-pifa")} for name in (*ARCHITECTURES, *QUANTIZED)},
         "bfloat16": {"model": str(models / "llama-pifa"), "options": {"dtype": "bfloat16"}},
         "plain": {"model": str(models / "llama")},
         **{
@@ -176,10 +183,10 @@ def served(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(models):
-    return {name: transformers_says(models / f"{name}-twin") for name in ARCHITECTURES}
+    return {name: transformers_says(models / f"{name}-twin") for name in (*ARCHITECTURES, *QUANTIZED)}
 
 
-def check_answers(result, expected, prompts_without_ties):
+def check_answers(result, expected, prompts_without_ties, tolerance=1e-3):
     assert "error" not in result, result
     for answers in (result["first"], result["again"]):
         for answer, wanted in zip(answers, expected, strict=True):
@@ -188,11 +195,14 @@ def check_answers(result, expected, prompts_without_ties):
                 torch.tensor(answer["logprobs"][: wanted.certain]),
                 torch.tensor(wanted.logprobs[: wanted.certain]),
                 rtol=0,
-                atol=1e-3,
+                atol=tolerance,
             )
     for answer, wanted in zip(result["scored"], expected, strict=True):
         torch.testing.assert_close(
-            torch.tensor(answer["prompt_logprobs"]), torch.tensor(wanted.prompt_logprobs), rtol=0, atol=1e-3
+            torch.tensor(answer["prompt_logprobs"]),
+            torch.tensor(wanted.prompt_logprobs),
+            rtol=0,
+            atol=tolerance,
         )
     # The comparison is worth something only if nearly every answer was compared to its end.
     assert sum(wanted.certain == TOKENS for wanted in expected) >= prompts_without_ties
@@ -201,6 +211,14 @@ def check_answers(result, expected, prompts_without_ties):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_says_what_transformers_says(name, served, expected):
     check_answers(served[name], expected[name], prompts_without_ties=20)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_factors_say_what_they_stand_for(name, served, expected):
+    # Activations are rounded to 16 bits.
+    check_answers(served[name], expected[name], prompts_without_ties=20, tolerance=5e-3)
+    # Modules that are dense are quantized, too.
+    assert served[name]["methods"]["model.layers.1.mlp.down_proj"] == "PIFALinearMethod"
 
 
 def test_says_it_compiled_too(served, expected):

@@ -35,11 +35,17 @@ def cost(directory: Path, variant: Variant | None) -> dict[str, Any]:
     if is_pifa(directory):
         checkpoint = Checkpoint.open(directory)
         modules = checkpoint.modules.values()
-        dense = sum(x.m * x.n for x in modules)
-        rest = sum(math.prod(entry.shape) for _, entry in dense_weights(checkpoint.shards))
-        kept = sum(x.parameters for x in modules) + rest
+        dense = sum(m * n for m, n in checkpoint.linear.values())
+        kept = dense - sum(x.m * x.n - x.parameters for x in modules)
         # A pivot row's index is an int32.
-        return _figures(kept, dense + rest, kept * _BITS / 8 + 4 * sum(x.rank for x in modules), 1.0)
+        nbytes = kept * _BITS / 8 + 4 * sum(x.rank for x in modules)
+        if checkpoint.config.factors is not None:
+            of_linear = tuple(f"{name}." for name in checkpoint.linear)
+            entries = checkpoint.shards.entries.items()
+            nbytes = sum(
+                x.nbytes for name, x in entries if name.startswith(of_linear) and not name.endswith(".bias")
+            )
+        return _figures(kept, dense, nbytes, 1.0)
     dense = sum(math.prod(entry.shape) for _, entry in dense_weights(Shards(directory)))
     if (directory / REPORT_NAME).is_file():
         report = read_report(directory)

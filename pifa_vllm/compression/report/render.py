@@ -38,6 +38,7 @@ METHODS = {
     "mpifa-exact": "MPIFA (arXiv 2501.19090) with its update M solved exactly, as reduced-rank regression "
     "towards the dense model's activations, cross-fitted between two halves of the samples; with feedback, o and "
     "down are also asked to undo the error that the residual stream has by then.",
+    "quantize": "The factors of a PIFA checkpoint, quantized; ranks and pivots are as they were.",
 }
 # What was added to it, by option and value.
 ADDITIONS = {
@@ -146,6 +147,14 @@ def render_model_card(report: CompressionReport, source_card: str | None = None)
 def describe_method(report: CompressionReport) -> str:
     """Say what was done to the weights."""
     added = [words.get(str(report.options.get(option)), "") for option, words in ADDITIONS.items()]
+    if factors := report.options.get("factors"):
+        kind = "floats" if factors["type"] == "float" else "integers"
+        shared = f"{factors['group_size']} neighbours" if factors["group_size"] else "a row"
+        added.append(
+            f"The linear modules are quantized to {kind} of {factors['bits']} bits, their coefficients to "
+            f"{factors['coefficient_bits']}, with a scale for {shared}; errors of rounding are fed back to what is "
+            "rounded later, as in GPTQ (arXiv 2210.17323)."
+        )
     return " ".join(x for x in (METHODS[report.method], *added) if x)
 
 

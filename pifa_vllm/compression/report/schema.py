@@ -10,7 +10,7 @@ REPORT_NAME = "compression_report.json"
 HTML_NAME = "compression_report.html"
 CARD_NAME = "README.md"
 
-Method = Literal["svd", "svd-llm", "mpifa", "mpifa-exact"]
+Method = Literal["svd", "svd-llm", "mpifa", "mpifa-exact", "quantize"]
 Representation = Literal["pifa", "lowrank"]
 Allocation = Literal["uniform", "sensitivity"]
 Metric = Literal["inputs", "outputs"]

@@ -1,0 +1,124 @@
+"""Quantizing a module so that what is rounded later makes up for what was rounded before.
+
+GPTQ (arXiv 2210.17323) rounds a matrix column by column and moves each column's error onto those that are left, in
+the metric G of the inputs. In pivoting form the rows of W_p depend on one another in the same way: the error of a
+pivot output reaches the other outputs times C. So the rows are taken in blocks, and the error of a block moves onto
+the rows that are left, in the metric R = I + CᵀC of what the outputs make of y_p. C is then fitted anew to the W_p
+that there is, and rounded in the metric of its own inputs, Ŵ_p G Ŵ_pᵀ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pifa_vllm.checkpoint import FactorFormat
+from pifa_vllm.compression.lowrank import regularised
+from pifa_vllm.factorization import PIFA
+from pifa_vllm.quantization import Quantized, QuantizedPIFA, fit_scales, groups, pack, round_to, row_width
+
+# Of the metrics, in units of their mean diagonal, as GPTQ has it.
+_DAMPING = 0.01
+# Of the least squares for C: they only have to be solvable.
+_FIT_RIDGE = 1e-6
+# Shares of a group's largest value that 4-bit numbers may end at; 8 bits lose more by cutting off than they win.
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+# Columns whose errors move on together, and blocks of rows.
+_COLUMNS = 128
+_ROW_BLOCKS = 32
+
+
+def quantize_factors(factors: PIFA, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
+    """Quantize a module in pivoting form.
+
+    Args:
+        factors: of W [m, n], in float64.
+        gram: G = E[x xᵀ] [n, n], float64.
+        kind: of both factors' numbers.
+    """
+    weight, coefficients = factors.pivot_weight, factors.coefficients
+    identity = torch.eye(factors.rank, dtype=weight.dtype, device=weight.device)
+    rows = identity + coefficients.T @ coefficients
+    pivots = round_matrix(weight, gram, kind.dtype, kind.group, rows)
+    found = pivots.values().double()
+    inner = regularised(found @ gram @ found.T, _FIT_RIDGE)
+    cross = coefficients @ (weight @ gram @ found.T)  # [m - r, r]
+    fitted = torch.linalg.solve(inner, cross, left=False)
+    rest = round_matrix(fitted, inner, kind.coefficient_dtype, kind.group)
+    return QuantizedPIFA(pivots, rest, factors.pivot_rows)
+
+
+def round_matrix(
+    matrix: Tensor, metric: Tensor, dtype: torch.dtype, group_size: int, rows: Tensor | None = None
+) -> Quantized:
+    """Round a matrix so that tr(R (W - Ŵ) G (W - Ŵ)ᵀ) stays small.
+
+    Args:
+        matrix: W [m, k].
+        metric: G [k, k].
+        dtype: of the numbers.
+        group_size: 0 for one scale a row.
+        rows: R [m, m]; None for the identity.
+    """
+    m, k = matrix.shape
+    left = matrix.double().clone()
+    numbers = torch.empty(m, row_width(k, dtype), dtype=dtype, device=matrix.device)
+    scale = torch.empty(m, groups(k, group_size), dtype=torch.float16, device=matrix.device)
+    if m > 0 and k > 0:
+        damped = regularised(metric.double(), _DAMPING)
+        root = _inverse_root(damped).float()
+        weights = damped.diagonal().float()
+        row_root = None if rows is None else _inverse_root(regularised(rows.double(), _DAMPING))
+        size = m if row_root is None else -(-m // _ROW_BLOCKS)
+        for begin in range(0, m, size):
+            end = min(begin + size, m)
+            block = _round_rows(left[begin:end].float(), weights, root, dtype, group_size)
+            numbers[begin:end], scale[begin:end] = block.numbers, block.scale
+            if row_root is not None and end < m:
+                error = left[begin:end] - block.values()
+                own = torch.linalg.solve_triangular(row_root[begin:end, begin:end].T, error, upper=False)
+                left[end:] -= row_root[begin:end, end:].T @ own
+    return Quantized(numbers, scale, k, group_size)
+
+
+def _inverse_root(metric: Tensor) -> Tensor:
+    """Upper U with metric⁻¹ = Uᵀ U."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
+    return torch.linalg.cholesky(inverse, upper=True)  # type: ignore[no-any-return]  # torch has no annotations here
+
+
+def _round_rows(
+    values: Tensor, weights: Tensor, root: Tensor, dtype: torch.dtype, group_size: int
+) -> Quantized:
+    """GPTQ of rows that do not depend on one another; `values` is used up."""
+    rows, k = values.shape
+    numbers = torch.empty_like(values)
+    whole = _best_scale(values, weights, dtype)
+    scales = [] if group_size else [whole]
+    step = group_size or _COLUMNS
+    for begin in range(0, k, step):
+        end = min(begin + step, k)
+        if group_size:
+            scales.append(_best_scale(values[:, begin:end], weights[begin:end], dtype))
+        scale = scales[-1][:, 0].float()
+        errors = values.new_empty(rows, end - begin)
+        for i in range(begin, end):
+            numbers[:, i] = round_to(values[:, i], scale, dtype)
+            errors[:, i - begin] = (values[:, i] - numbers[:, i] * scale) / root[i, i]
+            values[:, i:end] -= errors[:, i - begin, None] * root[i, i:end]
+        values[:, end:] -= errors @ root[begin:end, end:]
+    return Quantized(pack(numbers, dtype), torch.cat(scales, dim=1), k, group_size)
+
+
+def _best_scale(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of one group: float16 [rows, 1]."""
+    best = fit_scales(values, dtype, 0)
+    if dtype != torch.uint8:
+        return best
+    least = values.new_full((len(values),), float("inf"))
+    for clip in _CLIPS:
+        scale = fit_scales(values, dtype, 0, clip)
+        error = ((round_to(values, scale.float(), dtype) * scale - values).square() * weights).sum(dim=1)
+        best = torch.where((error < least)[:, None], scale, best)
+        least = torch.minimum(error, least)
+    return best

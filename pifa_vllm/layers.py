@@ -1,0 +1,227 @@
+"""The layers of a PIFA checkpoint as torch modules, with its tensors under its names for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from pifa_vllm.checkpoint import FactorFormat, check_pivot_rows
+from pifa_vllm.factorization import PIFA
+from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops.cpu import load
+from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.quantization import Quantized, QuantizedPIFA, groups, row_width
+
+
+class PIFALinear(nn.Module):
+    """A linear layer [m, n] of rank r in pivoting form, y = x Wᵀ + b (see `pifa_vllm.factorization`).
+
+    Attributes:
+        pivot_weight: parameter [r, n].
+        coefficients: parameter [m - r, r].
+        pivot_rows: int32 buffer [r].
+        bias: parameter [m] or None.
+        out_rows: int32 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pivot_weight = nn.Parameter(torch.empty(rank, in_features, **kind))
+        self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, **kind))
+        self.bias = nn.Parameter(torch.empty(out_features, **kind)) if bias else None
+        self.pivot_rows: Tensor
+        self.out_rows: Tensor
+        self.register_buffer("pivot_rows", torch.empty(rank, device=device, dtype=torch.int32))
+        rows = torch.empty(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("out_rows", rows, persistent=False)
+        # Other pivot rows with the old outputs would give wrong outputs without a word.
+        self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
+
+    def finish_loading(self, source: str) -> None:
+        """Check the pivot rows and derive the rows of the outputs from them.
+
+        Raises:
+            CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
+        """
+        check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
+        self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
+        if self.out_rows.device.type == "cpu":
+            load()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., n] to [..., m], in the dtype of the factors, or of torch.autocast where that is on."""
+        if self.training and torch.is_grad_enabled() and self.pivot_weight.requires_grad:
+            return linear(x, self._assembled(), self.bias)
+        ranks, out_features = [self.rank], [self.out_features]
+        coefficients = self.coefficients.flatten()
+        # Autocast casts for torch's own ops only; the kernels take one dtype.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        layer = pifa_linear_reference if autocast else pifa_linear
+        return layer(x, self.pivot_weight, coefficients, self.out_rows, ranks, out_features, self.bias)
+
+    def _assembled(self) -> Tensor:
+        """W [m, n], differentiable, in the dtype of the factors.
+
+        Where factors are trained, on many tokens at a time, making W and one product with it are faster than two
+        products with activations between them, which are put in order forth and back.
+        """
+        with torch.autocast(self.pivot_weight.device.type, enabled=False):
+            rows = torch.cat([self.pivot_weight, self.coefficients @ self.pivot_weight])  # [m, n], stacked
+        return torch.zeros_like(rows).index_copy(0, self.out_rows.long(), rows)
+
+    def dense(self) -> nn.Linear:
+        """Rebuild the ordinary layer, multiplied in float64 and rounded to the dtype of the factors."""
+        factors = PIFA(self.pivot_weight.detach(), self.coefficients.detach(), self.pivot_rows)
+        weight = factors.to(torch.float64).dense().to(self.pivot_weight.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Show the shape as torch.nn.Linear does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _finish_state_dict(module: PIFALinear | QuantizedLinear, _: object) -> None:
+    module.finish_loading("state dict: tensor pivot_rows")
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer [m, n] with quantized numbers (`pifa_vllm.quantization`), in pivoting form or dense.
+
+    Attributes:
+        rank: r, or None where it is dense.
+        pivot_weight, pivot_scale, coefficients, coefficient_scale: parameters without gradients, and
+        pivot_rows: int32 buffer [r], where there is a rank.
+        weight, weight_scale: parameters without gradients, where there is none.
+        bias: parameter [m] or None.
+        out_rows: int32 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
+    """
+
+    pivot_weight: Tensor
+    pivot_scale: Tensor
+    coefficients: Tensor
+    coefficient_scale: Tensor
+    pivot_rows: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    out_rows: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None,
+        kind: FactorFormat,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.kind = in_features, out_features, rank, kind
+        rows = torch.empty(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("out_rows", None if rank is None else rows, persistent=False)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+
+        def matrix(numbers: str, scale: str, rows: int, k: int, stored: torch.dtype) -> None:
+            for name, width, kind_of in (
+                (numbers, row_width(k, stored), stored),
+                (scale, groups(k, kind.group), torch.float16),
+            ):
+                tensor = torch.empty(rows, width, device=device, dtype=kind_of)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+        if rank is None:
+            matrix("weight", "weight_scale", out_features, in_features, kind.dtype)
+            return
+        matrix("pivot_weight", "pivot_scale", rank, in_features, kind.dtype)
+        matrix("coefficients", "coefficient_scale", out_features - rank, rank, kind.coefficient_dtype)
+        self.register_buffer("pivot_rows", torch.empty(rank, device=device, dtype=torch.int32))
+        self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
+
+    def finish_loading(self, source: str) -> None:
+        """Check the pivot rows, if there are any, and derive the rows of the outputs from them.
+
+        Raises:
+            CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
+        """
+        if self.rank is not None:
+            check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
+            self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
+        if next(self.parameters()).device.type == "cpu":
+            load()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., n] to [..., m], in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        # Moving a model to another dtype moves its scales, too, which rounds them as it rounds all else.
+        if self.rank is None:
+            weight, scale = self.weight, self.weight_scale.to(torch.float16)
+            m = self.out_features
+            return pifa_linear(
+                x,
+                weight,
+                weight.new_empty(0),
+                None,
+                [m],
+                [m],
+                bias,
+                scale,
+                scale.new_empty(0),
+                self.kind.group,
+            )
+        return pifa_linear(
+            x,
+            self.pivot_weight,
+            self.coefficients.flatten(),
+            self.out_rows,
+            [self.rank],
+            [self.out_features],
+            bias,
+            self.pivot_scale.to(torch.float16),
+            self.coefficient_scale.to(torch.float16).flatten(),
+            self.kind.group,
+        )
+
+    def dense(self) -> nn.Linear:
+        """Rebuild the ordinary layer, multiplied in float64, in float32."""
+        group = self.kind.group
+        if self.rank is None:
+            weight = Quantized(self.weight, self.weight_scale, self.in_features, group).values()
+        else:
+            pivots = Quantized(self.pivot_weight, self.pivot_scale, self.in_features, group)
+            rest = Quantized(self.coefficients, self.coefficient_scale, self.rank, group)
+            factors = QuantizedPIFA(pivots, rest, self.pivot_rows).values()
+            weight = factors.to(torch.float64).dense().float()
+        found = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        found.weight = nn.Parameter(weight)
+        found.register_parameter("bias", self.bias)
+        return found
+
+    def extra_repr(self) -> str:
+        """Show the shape as torch.nn.Linear does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bits={self.kind.bits}, bias={self.bias is not None}"
+        )
