@@ -29,9 +29,9 @@ def pifa_linear(
     """Compute y = x Wᵀ + b for matrices in pivoting form (arXiv 2501.19090, section 3).
 
     W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Their factors
-    may be quantized (`pifa_vllm.quantization`), each kind of factor with one kind of numbers, and all with one size
-    of groups. Shapes, dtypes and devices are checked on every call; that the rows of `out_rows` are a permutation
-    is for whoever loads them to check (`checkpoint.check_pivot_rows`).
+    may be quantized (`pifa_vllm.quantization`): each kind of factor with integers of 8 or of 4 bits, or both with
+    floats of 8, and all with one size of groups. Shapes, dtypes and devices are checked on every call; that the rows
+    of `out_rows` are a permutation is for whoever loads them to check (`checkpoint.check_pivot_rows`).
 
     Args:
         x: [..., n], float32, bfloat16 or float16; any strides.
@@ -116,6 +116,11 @@ def check_arguments(
                     f"pifa::linear: {name}: expected int8, uint8 or float8_e4m3fn with scales, "
                     f"found {factor.dtype}."
                 )
+        if (pivot_weight.dtype == torch.float8_e4m3fn) != (coefficients.dtype == torch.float8_e4m3fn):
+            raise ValueError(
+                "pifa::linear: expected float8_e4m3fn of both factors or of none, found "
+                f"{pivot_weight.dtype} and {coefficients.dtype}."
+            )
         if group_size not in (0, *GROUP_SIZES):
             raise ValueError(f"pifa::linear: group_size: expected 0, 32, 64, 128 or 256, found {group_size}.")
     n, rest = x.shape[-1], [(m - r, r) for r, m in zip(ranks, out_features, strict=True)]

@@ -196,6 +196,10 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   if (quantized) {
     check_quantized(pivot_weight, "pivot_weight");
     check_quantized(coefficients, "coefficients");
+    TORCH_CHECK_VALUE((pivot_weight.scalar_type() == at::kFloat8_e4m3fn) ==
+                          (coefficients.scalar_type() == at::kFloat8_e4m3fn),
+                      "pifa::linear: expected float8_e4m3fn of both factors or of none, found ",
+                      pivot_weight.scalar_type(), " and ", coefficients.scalar_type(), ".");
     TORCH_CHECK_VALUE(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256,
                       "pifa::linear: group_size: expected 0, 32, 64, 128 or 256, found ", group_size, ".");
   }
@@ -220,7 +224,7 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
     check(*pivot_scale, "pivot_scale", at::kHalf, {pivots, groups(n, group_size)}, any_x);
     check(*coefficient_scale, "coefficient_scale", at::kHalf, {scales}, any_x);
   }
-  if (of_weight == at::kFloat8_e4m3fn || of_coefficients == at::kFloat8_e4m3fn)
+  if (of_weight == at::kFloat8_e4m3fn)
     return linear_by_float(any_x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *pivot_scale,
                            *coefficient_scale, group_size);
   if (dtype == at::kHalf) {
@@ -258,19 +262,19 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   };
   const auto integers = [&](auto zero) {
     using X = decltype(zero);
-    const auto matrix = [&](const at::Tensor& numbers, const at::Tensor& scale, int64_t k) {
+    const auto matrix = [&](const at::Tensor& numbers, const at::Tensor& scale, int64_t rows, int64_t k) {
       const auto stored = numbers.scalar_type();
       return Quantized{static_cast<const uint8_t*>(numbers.const_data_ptr()), data<at::Half>(scale), stored == at::kByte,
-                       k, width(stored, k), groups(k, group_size), (group_size > 0 ? group_size : kChunk) / kBlock};
+                       rows, k, width(stored, k), groups(k, group_size), (group_size > 0 ? group_size : kChunk) / kBlock};
     };
     int64_t number = 0, group = 0;
     const auto shard = [&](int64_t rows, int64_t k) {
-      Quantized found = matrix(coefficients, *coefficient_scale, k);
+      Quantized found = matrix(coefficients, *coefficient_scale, rows, k);
       found.numbers += std::exchange(number, number + rows * found.width);
       found.scales += std::exchange(group, group + rows * found.groups);
       return found;
     };
-    finish(layer_of<X>(n, pivots, matrix(pivot_weight, *pivot_scale, n), ranks, out_features, shard), zero);
+    finish(layer_of<X>(n, pivots, matrix(pivot_weight, *pivot_scale, pivots, n), ranks, out_features, shard), zero);
   };
   const auto typed = [&](auto zero) {
     if (quantized) integers(zero);

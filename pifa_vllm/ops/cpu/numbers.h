@@ -22,6 +22,7 @@ namespace pifa {
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
 typedef int16_t vshort __attribute__((vector_size(kLanes * 4)));
 typedef int16_t vshort_unaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef int8_t vbyte __attribute__((vector_size(kLanes * 2)));
 typedef int8_t vbyte_unaligned __attribute__((vector_size(kLanes * 2), aligned(1), may_alias));
 typedef int32_t vint_unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -66,6 +67,16 @@ inline float to_float(c10::Half v) {
 #endif
 }
 
+inline vint widen_bytes(vbyte v) {
+#if PIFA_LANES == 16 && defined(__AVX512BW__)
+  return (vint)_mm512_cvtepi8_epi16((__m256i)v);
+#elif PIFA_LANES == 8 && defined(__AVX2__)
+  return (vint)_mm256_cvtepi8_epi16((__m128i)v);
+#else
+  return (vint)__builtin_convertvector(v, vshort);
+#endif
+}
+
 // How a row of numbers of 8 bits is stored: as it is.
 struct Int8 {
   static int64_t width(int64_t k) { return k; }
@@ -73,8 +84,7 @@ struct Int8 {
   // Numbers 32 b to 32 b + 31 of a row.
   static void read(const uint8_t* row, int64_t b, vint (&out)[kParts]) {
     for (int i = 0; i < kParts; ++i)
-      out[i] = (vint)__builtin_convertvector(
-          *reinterpret_cast<const vbyte_unaligned*>(row + b * kBlock + i * kShorts), vshort);
+      out[i] = widen_bytes(*reinterpret_cast<const vbyte_unaligned*>(row + b * kBlock + i * kShorts));
   }
 };
 
@@ -83,18 +93,18 @@ struct Int4 {
   static int64_t width(int64_t k) { return (k + kBlock - 1) / kBlock * (kBlock / 2); }
 
   static void read(const uint8_t* row, int64_t b, vint (&out)[kParts]) {
-    typedef uint8_t bytes __attribute__((vector_size(kBlock / 2)));
-    typedef uint8_t block __attribute__((vector_size(kBlock)));
-    typedef int16_t wide __attribute__((vector_size(2 * kBlock)));
-    bytes packed;
+    typedef uint8_t half __attribute__((vector_size(kBlock / 2)));
+    half packed;
     std::memcpy(&packed, row + b * (kBlock / 2), sizeof packed);
-    // In one piece: what is stored in two and read as one vector has to wait for both.
-    const bytes low = packed & 15, high = packed >> 4;
-    const block whole = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,
-                                                18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
-    const wide numbers = __builtin_convertvector(whole, wide) - int16_t(8);
-    static_assert(sizeof numbers == sizeof out);
-    std::memcpy(&out, &numbers, sizeof numbers);
+    const half low = (packed & 15) - 8, high = (packed >> 4) - 8;
+#if PIFA_LANES == 16
+    // In registers: what is stored in two pieces and loaded as one has to wait for both.
+    out[0] = widen_bytes((vbyte)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                                        16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+#else
+    out[0] = widen_bytes((vbyte)low);
+    out[1] = widen_bytes((vbyte)high);
+#endif
   }
 };
 
@@ -103,12 +113,24 @@ struct Quantized {
   const uint8_t* numbers;   // [rows, width]
   const c10::Half* scales;  // [rows, groups]
   bool four;                // bits, or eight
-  int64_t k, width, groups;
+  int64_t rows, k, width, groups;
   int64_t segment;          // blocks of a row that share a scale, as many as a chunk of activations has at most
 
   const uint8_t* row(int64_t r) const { return numbers + r * width; }
-  // Of the group that segment i of row r is in.
-  float scale(int64_t r, int64_t i) const { return to_float(scales[r * groups + (groups > 1 ? i : 0)]); }
+
+  // Scales of the segments of row r in a chunk of its numbers.
+  void read_scales(int64_t r, int64_t chunk, float (&out)[kChunk / kBlock]) const {
+    const int64_t of_chunk = kChunk / kBlock / segment, first = groups > 1 ? chunk * of_chunk : 0;
+    const c10::Half* const from = scales + r * groups + first;
+    const int64_t count = std::min(of_chunk, groups - first);
+#if defined(__F16C__)
+    if (count == 8) {
+      _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
+  }
 };
 
 // The last numbers of a row that ends within a block, zero beyond it.

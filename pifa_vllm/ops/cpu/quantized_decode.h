@@ -39,32 +39,34 @@ struct Staged {
   }
 };
 
-// out[r][t] = w[row + r] . x[t].
+// out[r][t] = rows[r] . x[t], of rows that may be read up to a whole block: what is beyond k is multiplied by zeros.
 template <int R, int T, typename Q>
-inline void dot_quantized(const Quantized& w, int64_t row, const Staged& x, float* out) {
-  const int64_t whole = w.k / kBlock, blocks = x.stride() / kBlock, stride = x.stride(), chunks = x.chunks();
+inline void dot_quantized(const Quantized& w, const uint8_t* const (&rows)[R], int64_t row, const Staged& x, float* out) {
+  const int64_t blocks = x.stride() / kBlock, stride = x.stride(), chunks = x.chunks();
   vfloat sums[R][T] = {};
-  for (int64_t chunk = 0, block = 0, segment = 0; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 0, block = 0; chunk < chunks; ++chunk) {
     const int64_t end = std::min(blocks, (chunk + 1) * (kChunk / kBlock));
+    float scales[R][kChunk / kBlock] = {};
+    for (int r = 0; r < R; ++r) w.read_scales(row + r, chunk, scales[r]);
     vfloat part[R][T] = {};
-    for (; block < end; ++segment) {
+    for (int64_t segment = 0; block < end; ++segment) {
       vint products[R][T] = {};
-      const auto add = [&](const auto& read) {
+      for (const int64_t stop = std::min(end, block + w.segment); block < stop; ++block) {
+        const int16_t* const at = x.numbers + block * kBlock;
         vint wide[R][kParts];
-        for (int r = 0; r < R; ++r) read(w.row(row + r), wide[r]);
+        for (int r = 0; r < R; ++r) {
+          // Of the rows that come next: those of these end before the hardware's prefetchers have caught up with them.
+          __builtin_prefetch(rows[r] + R * w.width + Q::width(block * kBlock));
+          Q::read(rows[r], block, wide[r]);
+        }
         for (int i = 0; i < kParts; ++i)
           for (int t = 0; t < T; ++t) {
-            const vint xv = load_pairs(x.numbers + t * stride + block * kBlock + i * kShorts);
+            const vint xv = load_pairs(at + t * stride + i * kShorts);
             for (int r = 0; r < R; ++r) products[r][t] = add_products(products[r][t], wide[r][i], xv);
           }
-      };
-      const int64_t stop = std::min(end, block + w.segment);
-      for (; block < std::min(stop, whole); ++block)
-        add([&](const uint8_t* numbers, vint (&out)[kParts]) { Q::read(numbers, block, out); });
-      for (; block < stop; ++block)
-        add([&](const uint8_t* numbers, vint (&out)[kParts]) { read_last<Q>(numbers, w.k, out); });
+      }
       for (int r = 0; r < R; ++r) {
-        const vfloat scale = splat(w.scale(row + r, segment));
+        const vfloat scale = splat(scales[r][segment]);
         for (int t = 0; t < T; ++t) part[r][t] += to_floats(products[r][t]) * scale;
       }
     }
@@ -79,8 +81,24 @@ inline void dot_quantized(const Quantized& w, int64_t row, const Staged& x, floa
 template <int T, typename Q>
 __attribute__((noinline)) void dot_rows(const Quantized& w, int64_t begin, int64_t end, const Staged& x, float* out) {
   constexpr int kRows = T == 1 ? 4 : 2;
-  for (; begin + kRows <= end; begin += kRows, out += kRows * T) dot_quantized<kRows, T, Q>(w, begin, x, out);
-  for (; begin < end; ++begin, out += T) dot_quantized<1, T, Q>(w, begin, x, out);
+  const int64_t whole = Q::width(x.stride());
+  // The blocks of the last rows may reach beyond the matrix.
+  const auto reaches = [&](int64_t row) { return (w.rows - row) * w.width < whole; };
+  for (; begin + kRows <= end && !reaches(begin + kRows - 1); begin += kRows, out += kRows * T) {
+    const uint8_t* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = w.row(begin + r);
+    dot_quantized<kRows, T, Q>(w, rows, begin, x, out);
+  }
+  std::vector<uint8_t> copy;
+  for (; begin < end; ++begin, out += T) {
+    const uint8_t* rows[1] = {w.row(begin)};
+    if (reaches(begin)) {
+      copy.assign(rows[0], rows[0] + w.width);
+      copy.resize(whole);
+      rows[0] = copy.data();
+    }
+    dot_quantized<1, T, Q>(w, rows, begin, x, out);
+  }
 }
 
 constexpr int64_t kShareRows = 64;  // at most, that a thread takes at once

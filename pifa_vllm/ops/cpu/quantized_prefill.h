@@ -60,7 +60,7 @@ struct WideBlock {
 
 template <typename Q>
 inline void widen(const Quantized& w, int64_t row, int64_t rows, int64_t chunk, WideBlock& out) {
-  const int64_t first = chunk * (kChunk / kBlock), segments = kChunk / kBlock / w.segment;
+  const int64_t first = chunk * (kChunk / kBlock);
   const int64_t blocks = std::min((w.k + kBlock - 1) / kBlock - first, kChunk / kBlock);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t b = 0; b < blocks; ++b) {
@@ -69,7 +69,7 @@ inline void widen(const Quantized& w, int64_t row, int64_t rows, int64_t chunk, 
       else read_last<Q>(w.row(row + r), w.k, wide);
       std::memcpy(&out.pairs[r][b * (kBlock / 2)], wide, sizeof wide);
     }
-    for (int64_t s = 0; s * w.segment < blocks; ++s) out.scales[r][s] = w.scale(row + r, chunk * segments + s);
+    w.read_scales(row + r, chunk, out.scales[r]);
   }
 }
 

@@ -35,7 +35,7 @@ def test_odd_shapes(ranks, out_features, n, stored):
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128, 256])
 @pytest.mark.parametrize("stored", BITS)
 def test_every_number_of_tokens_and_size_of_groups(stored, group_size, dtype):
-    for tokens in (1, 2, 3, 4, 5, 8, 9, 17, 33, 300):
+    for tokens in (1, 2, 3, 4, 9, 17, 300):
         layer = Layer.random([270, 0, 33], [400, 7, 33], 600)
         compare(layer, torch.randn(tokens, 600).to(dtype), stored, group_size)
 
