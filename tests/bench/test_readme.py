@@ -136,6 +136,21 @@ def test_losses_are_those_of_the_committed_results():
         assert {row["variant"] for row in results["rows"]} <= {"dense", *plan.variants}
 
 
+def test_hellaswag_is_that_of_the_committed_items():
+    page = (PACKAGE / "bench/README.md").read_text()
+    models = read("hellaswag-smollm2.json")["models"]
+    dense = models["dense"]["acc_norm"]
+    assert len(dense) == 1000
+    assert f"| dense | {fmean(dense):.3f} |  |  |" in page
+    for name, figures in models.items():
+        if name == "dense":
+            continue
+        found = figures["acc_norm"]
+        change = [a - b for a, b in zip(found, dense, strict=True)]
+        shown = f"{fmean(change):+.3f} ± {standard_error(change):.3f} | {fmean(found) / fmean(dense):.3f}"
+        assert f"| {name} | {fmean(found):.3f} | {shown} |" in page
+
+
 def test_layer_tables_are_those_of_the_committed_results():
     readme = (PACKAGE / "ops/README.md").read_text()
     squares = json.loads((RESULTS / "layer-cpu-squares.json").read_text())
