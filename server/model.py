@@ -62,19 +62,22 @@ def read_weights(directory: Path, dtype: torch.dtype) -> Weights:
     shards = Shards(directory) if checkpoint is None else checkpoint.shards
     compressed = {} if checkpoint is None else checkpoint.modules
     modules = [_module(e.name, e.m, e.n, e.rank, e.parameters) for e in compressed.values()]
-    nbytes = 0
+    linear = {} if checkpoint is None else checkpoint.linear
+    nbytes = stored = 0
     for name, entry in shards.entries.items():
-        nbytes += entry.served_nbytes(dtype)
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and len(entry.shape) == 2 and _LAYER.search(name):
-            modules.append(_module(module, *entry.shape, None, entry.shape[0] * entry.shape[1]))
-    indices = sum(e.rank for e in compressed.values()) * torch.int32.itemsize
-    saved = sum(e.m * e.n - e.parameters for e in compressed.values()) * dtype.itemsize
+        served = entry.served_nbytes(dtype)
+        nbytes += served
+        module, _, suffix = name.rpartition(".")
+        stored += served if module in linear and suffix != "bias" else 0
+        if suffix == "weight" and len(entry.shape) == 2 and _LAYER.search(name):
+            m, n = linear.get(module, entry.shape)
+            modules.append(_module(module, m, n, None, m * n))
+    dense = sum(m * n for m, n in linear.values()) * dtype.itemsize
     return Weights(
         config=None if checkpoint is None else checkpoint.config,
         modules=sorted(modules, key=lambda m: (m["layer"], m["name"])),
         compressed_bytes=nbytes,
-        dense_bytes=nbytes - indices + saved,
+        dense_bytes=nbytes - stored + dense,
     )
 
 

@@ -34,11 +34,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies, and what its shard's header says of it."""
+    """Where a tensor lies, and what its shard's header says of it; whether it is one of scales, its name says."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_scale: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -49,9 +50,9 @@ class TensorEntry:
         return size
 
     def served_nbytes(self, dtype: torch.dtype) -> int:
-        """Size in bytes when floating-point weights are served in `dtype`; integers stay what they are."""
-        itemsize = dtype.itemsize if self.dtype.is_floating_point else self.dtype.itemsize
-        return self.nbytes // self.dtype.itemsize * itemsize
+        """Size in bytes when floating-point weights are served in `dtype`; what is quantized stays as it is."""
+        stays = not self.dtype.is_floating_point or self.dtype.itemsize == 1 or self.is_scale
+        return self.nbytes if stays else self.nbytes // self.dtype.itemsize * dtype.itemsize
 
 
 class Shards:
@@ -196,7 +197,7 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
                         f"{path}: tensor {name}: expected one of the dtypes {sorted(_DTYPES)}, "
                         f"found {view.get_dtype()}."
                     )
-                yield name, TensorEntry(path, tuple(view.get_shape()), dtype)
+                yield name, TensorEntry(path, tuple(view.get_shape()), dtype, name.endswith("_scale"))
     except (SafetensorError, OSError, MemoryError) as error:  # it maps all of the file
         raise CheckpointError(
             f"{path}: not a readable safetensors file, probably truncated or damaged "

@@ -6,6 +6,7 @@ compressed. One decoder layer is in memory at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pifa_vllm.checkpoint import CheckpointWriter, PIFAConfig, Shards
+from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, PIFAConfig, Shards, is_pifa
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compression.allocation import allocate, kept_parameters, uniform
 from pifa_vllm.compression.decoder import LinearShape
@@ -145,18 +146,16 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
     """
     counts = {"linear": 0, "total": 0, "dense_linear": 0}
     entries = Shards(directory).entries
+    matrices = [entry.shape for name, entry in entries.items() if name.endswith("_proj.weight")]
+    if is_pifa(directory):
+        matrices = list(Checkpoint.open(directory).linear.values())
     for name, entry in entries.items():
         nbytes = entry.served_nbytes(dtype)
         counts["total"] += nbytes
-        if "_proj." not in name:
-            continue
-        counts["linear"] += nbytes
-        module, _, suffix = name.rpartition(".")
-        if suffix == "pivot_weight":
-            rest = entries[f"{module}.coefficients"].shape[0]
-            counts["dense_linear"] += (rest + entry.shape[0]) * entry.shape[1] * dtype.itemsize
-        elif suffix in ("weight", "bias"):
-            counts["dense_linear"] += nbytes
+        if "_proj." in name:
+            counts["linear"] += nbytes
+            counts["dense_linear"] += nbytes if name.endswith(".bias") else 0
+    counts["dense_linear"] += sum(math.prod(shape) for shape in matrices) * dtype.itemsize
     return counts
 
 
