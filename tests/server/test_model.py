@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from pifa_vllm.checkpoint import FactorFormat, Shards
 from pifa_vllm_server.model import read_weights
+
+from pifa_vllm.checkpoint import FactorFormat, Shards
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
 
