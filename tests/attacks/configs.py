@@ -26,7 +26,7 @@ from tests.attacks.spoiling import (
 DIGITS = "9" * 5000
 
 ours = Kind("quantization_config")
-ours.add("future version", section(format_version=2), CONFIG, "format_version 2")
+ours.add("future version", section(format_version=3), CONFIG, "format_version 3")
 ours.add("version true", section(format_version=True), CONFIG, "format_version")
 ours.add(
     "version of 5,000 digits", instead('"format_version": 1', f'"format_version": {DIGITS}'), CONFIG, "digits"

@@ -86,9 +86,9 @@ def test_damage_is_found_before_an_engine_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     spoiled = copy_edited(
-        twins.pifa, tmp_path / "spoiled", config=lambda c: c["quantization_config"].update(format_version=2)
+        twins.pifa, tmp_path / "spoiled", config=lambda c: c["quantization_config"].update(format_version=3)
     )
-    with pytest.raises(CheckpointError, match="format_version 2"):
+    with pytest.raises(CheckpointError, match="format_version 3"):
         served_perplexity(spoiled, TEXT, seqlen=64)
     with pytest.raises(EvaluationError, match="max_position_embeddings is 512"):
         served_perplexity(twins.dense, TEXT, seqlen=513)

@@ -19,8 +19,8 @@ def test_the_section_of_config_json_is_validated():
     assert PIFAQuantizationConfig.from_config(section).view.ranks == {"a.q_proj": 3}
     with pytest.raises(CheckpointError, match=r"config.json: quantization_config.ranks"):
         PIFAQuantizationConfig.from_config({**section, "ranks": {"a.q_proj": "3"}})
-    with pytest.raises(CheckpointError, match="format_version 2"):
-        PIFAQuantizationConfig.from_config({**section, "format_version": 2})
+    with pytest.raises(CheckpointError, match="format_version 3"):
+        PIFAQuantizationConfig.from_config({**section, "format_version": 3})
 
 
 def test_names_follow_the_models_own_renaming():

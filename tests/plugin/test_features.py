@@ -135,7 +135,7 @@ def test_a_newer_format_is_refused(llamas, tmp_path):
     newer = copy_edited(
         llamas / "first-pifa",
         tmp_path / "newer",
-        config=lambda config: config["quantization_config"].update(format_version=2),
+        config=lambda config: config["quantization_config"].update(format_version=3),
     )
-    with pytest.raises(Exception, match=r"format_version 2, expected at most 1\. Update pifa-vllm"):
+    with pytest.raises(Exception, match=r"format_version 3, expected at most 2\. Update pifa-vllm"):
         EngineArgs(model=str(newer)).create_engine_config()
