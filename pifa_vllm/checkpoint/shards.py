@@ -42,6 +42,11 @@ class TensorEntry:
     is_scale: bool = False
 
     @property
+    def is_float(self) -> bool:
+        """Whether it holds floats of 16 bits or more: 8-bit ones are quantized numbers."""
+        return self.dtype.is_floating_point and self.dtype.itemsize > 1
+
+    @property
     def nbytes(self) -> int:
         """Size of the tensor's data in bytes."""
         size = self.dtype.itemsize
@@ -51,7 +56,7 @@ class TensorEntry:
 
     def served_nbytes(self, dtype: torch.dtype) -> int:
         """Size in bytes when floating-point weights are served in `dtype`; what is quantized stays as it is."""
-        stays = not self.dtype.is_floating_point or self.dtype.itemsize == 1 or self.is_scale
+        stays = not self.is_float or self.is_scale
         return self.nbytes if stays else self.nbytes // self.dtype.itemsize * dtype.itemsize
 
 

@@ -210,7 +210,7 @@ def check_sizes(
                 f"{entry.file}: tensor {name}: {sizes.model} expects {list(shape)} by {fields} in config.json, "
                 f"found {list(entry.shape)}."
             )
-        if not entry.dtype.is_floating_point:
+        if not entry.is_float:
             raise CheckpointError(
                 f"{entry.file}: tensor {name}: expected a floating dtype, found {entry.dtype}."
             )

@@ -305,7 +305,7 @@ def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
             f"{rows.file}: tensor {name}.{PIVOT_ROWS}: expected int32 [{rank}], "
             f"found {rows.dtype} {list(rows.shape)}."
         )
-    if weight.dtype != coefficients.dtype or not weight.dtype.is_floating_point:
+    if weight.dtype != coefficients.dtype or not weight.is_float:
         raise CheckpointError(
             f"{coefficients.file}: tensor {name}.{COEFFICIENTS}: expected the floating dtype of "
             f"{PIVOT_WEIGHT}, {weight.dtype}, found {coefficients.dtype}."
@@ -352,7 +352,7 @@ def _check_quantized_module(
     has_bias = f"{name}.{BIAS}" in shards
     if has_bias:
         bias = shards.entry(f"{name}.{BIAS}")
-        if bias.shape != (m,) or not bias.dtype.is_floating_point:
+        if bias.shape != (m,) or not bias.is_float:
             raise CheckpointError(
                 f"{bias.file}: tensor {name}.{BIAS}: expected a floating dtype [{m}], "
                 f"found {bias.dtype} {list(bias.shape)}."

@@ -230,7 +230,7 @@ class DenseModel:
             if name in tied and self.config.tie_word_embeddings and name not in self.shards:
                 continue
             entry = self.shards.entry(name)
-            if entry.shape != tuple(parameter.shape) or not entry.dtype.is_floating_point:
+            if entry.shape != tuple(parameter.shape) or not entry.is_float:
                 raise UnsupportedModelError(
                     f"{entry.file}: tensor {name}: expected floating {list(parameter.shape)} as config.json says, "
                     f"found {entry.dtype} {list(entry.shape)}."

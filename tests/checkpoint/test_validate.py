@@ -120,6 +120,17 @@ HEADER_ATTACKS: dict[str, tuple[Callable[[Sample], None], str]] = {
         integer_factors,
         rf"{Q}\.coefficients: expected the floating dtype of pivot_weight, torch\.int32",
     ),
+    "factors of 8-bit floats": (
+        lambda s: [
+            s.set(f"{Q}.{x}", s.get(f"{Q}.{x}").to(torch.float8_e4m3fn))
+            for x in ("pivot_weight", "coefficients")
+        ],
+        rf"{Q}\.coefficients: expected the floating dtype of pivot_weight, torch\.float8_e4m3fn",
+    ),
+    "a norm of 8-bit floats": (
+        put("model.norm.weight", torch.ones(5).to(torch.float8_e4m3fn)),
+        r"norm\.weight: expected a floating dtype, found torch\.float8_e4m3fn",
+    ),
     "factors of two dtypes": (
         put(f"{Q}.coefficients", torch.ones(3, 3, dtype=torch.bfloat16)),
         rf"{Q}\.coefficients: expected .* dtype of pivot_weight, torch\.float32, found torch\.bfloat16",
