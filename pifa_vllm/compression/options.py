@@ -198,7 +198,7 @@ class CompressOptions:
             "ridge": self.effective_ridge,
             "tile": self.tile,
             "dtype": self.dtype,
-            **({} if self.factors is None else {"factors": self.factors.model_dump()}),
+            "factors": None if self.factors is None else self.factors.model_dump(),
             "activation_dtype": self.activation_dtype,
             # Chunks are what the samples are divided into folds by.
             "chunk_tokens": self.chunk_tokens,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pifa_vllm.compression.allocation import uniform
-from pifa_vllm.compression.options import DEFAULT_RIDGE, CompressOptions
+from pifa_vllm.compression.options import DEFAULT_RIDGE, FACTORS, CompressOptions
 from pifa_vllm.errors import PifaError
 
 # What may change between two attempts at the same result.
@@ -16,6 +16,8 @@ FREE = {"model", "output", "device"}
 
 
 def options(**changes):
+    if changes.get("method") == "quantize":
+        changes.setdefault("factors", FACTORS["int8"])
     return CompressOptions(model=Path("model"), output=Path("out"), density=uniform(0.5), **changes)
 
 
@@ -70,6 +72,7 @@ def test_everything_the_result_depends_on_is_recorded():
         {"ridge": 0.5},
         {"tile": 8},
         {"dtype": "bfloat16"},
+        {"factors": FACTORS["int8"]},
         {"activation_dtype": "bfloat16"},
     ],
 )
@@ -85,7 +88,8 @@ def test_the_ridge_is_the_methods_unless_given(method):
     assert options(method=method).record() == options(method=method, ridge=DEFAULT_RIDGE[method]).record()
 
 
-def test_only_m_looks_at_the_compressed_flow_and_only_the_exact_one_at_its_drift():
-    assert [m for m in DEFAULT_RIDGE if options(method=m).uses_compressed_inputs] == ["mpifa", "mpifa-exact"]
+def test_who_looks_at_the_compressed_flow_and_at_its_drift():
+    looking = [m for m in DEFAULT_RIDGE if options(method=m).uses_compressed_inputs]
+    assert looking == ["mpifa", "mpifa-exact", "quantize"]
     assert [m for m in DEFAULT_RIDGE if options(method=m).uses_drift] == ["mpifa-exact"]
     assert not options(method="mpifa-exact", feedback=0.0).uses_drift
