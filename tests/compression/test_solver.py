@@ -43,7 +43,7 @@ def solver_of(layer, ranks, dtype=torch.float32, outputs=None, **changes):
     options = CompressOptions(model=Path("model"), output=Path("out"), density=uniform(0.5))
     told = []
     made = LayerSolver(
-        dataclasses.replace(options, **changes), 1, layer, ranks, outputs, dtype, {}, told.append
+        dataclasses.replace(options, **changes), 1, layer, ranks, outputs, dtype, {}, None, told.append
     )
     return made, told
 
