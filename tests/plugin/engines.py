@@ -69,7 +69,7 @@ def digests(model: Any) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         if hasattr(module, "coefficients"):
-            first = module.quant_method.layout.part(0, "coefficients", module)
+            first = module.quant_method.part(module, 0, "coefficients")
             parts = {"pivot_weight": module.pivot_weight, "coefficients": first}
             for suffix, tensor in parts.items():
                 numbers = tensor.detach().contiguous().numpy().tobytes()
