@@ -60,7 +60,7 @@ shapes.add("weight of a wider input", put(WEIGHT, torch.zeros(R, M + 1)), SHARD,
 shapes.add("weight without columns", put(WEIGHT, torch.zeros(R, 0)), SHARD, WEIGHT)
 shapes.add("integer factors", factors((R, M), (M - R, R), torch.int32), SHARD, COEFFICIENTS, "int32")
 shapes.add("factors of two dtypes", put(COEFFICIENTS, torch.zeros(M - R, R).half()), SHARD, COEFFICIENTS)
-shapes.add("factors in float8", factors((R, M), (M - R, R), torch.float8_e4m3fn), SHARD, "F8_E4M3")
+shapes.add("factors in float8", factors((R, M), (M - R, R), torch.float8_e4m3fn), SHARD, "float8_e4m3fn")
 shapes.add("coefficients missing", drop(COEFFICIENTS), COEFFICIENTS, "missing")
 shapes.add("weight missing", drop(WEIGHT), WEIGHT, "missing")
 shapes.add("dense weight beside factors", put(f"{Q}.weight", torch.zeros(M, M)), SHARD, f"{Q}.weight")
