@@ -6,7 +6,11 @@ combinations of them, so that W is stored without loss as
     pivot_weight  W_p = W[pivot_rows]     [r, n]
     coefficients  C,  W[others] = C W_p   [m - r, r]
 
-which is r(m + n) - r² numbers, where the two factors of plain low rank need r(m + n).
+which is r(m + n) - r² numbers, where the two factors of plain low rank need r(m + n). Columns do as well, with as
+many numbers:
+
+    pivot_weight  W_c = W[:, pivot_columns]     [m, r]
+    coefficients  B,  W[:, others] = W_c B      [r, n - r]
 """
 
 from __future__ import annotations
@@ -103,6 +107,44 @@ class PIFA:
         weight[pivots] = self.pivot_weight
         weight[remaining_rows(pivots, m)] = self.coefficients @ self.pivot_weight
         return weight
+
+
+@dataclass(frozen=True)
+class PivotColumns:
+    """A matrix [m, n] of rank r in pivoting form by columns: W x = W_c (x_p + B x_r).
+
+    Where m > n its coefficients are fewer than those of rows, and whoever has some of the outputs needs some rows
+    of W_c, but no others' y_p.
+
+    Attributes:
+        pivot_weight: [m, r], the pivot columns.
+        coefficients: [r, n - r], the remaining columns, in ascending order, as combinations of the pivot columns.
+        pivot_columns: int32 [r], strictly increasing indices of the pivot columns in the full matrix.
+    """
+
+    pivot_weight: Tensor
+    coefficients: Tensor
+    pivot_columns: Tensor
+
+    def to(self, dtype: torch.dtype) -> PivotColumns:
+        """Round both factors to a storage dtype."""
+        return PivotColumns(self.pivot_weight.to(dtype), self.coefficients.to(dtype), self.pivot_columns)
+
+    def dense(self) -> Tensor:
+        """Rebuild the full matrix [m, n] in the dtype of `pivot_weight`."""
+        return PIFA(self.pivot_weight.T, self.coefficients.T, self.pivot_columns).dense().T
+
+
+def by_columns(factors: PIFA) -> PivotColumns:
+    """Choose pivot columns of a matrix that has pivot rows, without loss; in float64."""
+    rank, m = factors.rank, factors.shape[0]
+    pivots = factors.pivot_rows.long()
+    rows = factors.coefficients.new_zeros(m, rank, dtype=torch.float64)
+    rows[pivots] = torch.eye(rank, dtype=torch.float64, device=rows.device)
+    rows[remaining_rows(pivots, m)] = factors.coefficients.double()
+    found = factorize(factors.pivot_weight.T, rows.T)
+    weight, coefficients = found.pivot_weight.T.contiguous(), found.coefficients.T.contiguous()
+    return PivotColumns(weight, coefficients, found.pivot_rows)
 
 
 def remaining_rows(pivot_rows: Tensor, m: int) -> Tensor:

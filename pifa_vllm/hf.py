@@ -81,7 +81,7 @@ class PIFAQuantizer(HfQuantizer):
         directory = self._checkpoint.directory
         for name, module in model.named_modules():
             if isinstance(module, PIFALinear | QuantizedLinear):
-                module.finish_loading(f"{directory}: tensor {name}.pivot_rows")
+                module.finish_loading(f"{directory}: tensor {name}.{module.pivots}")
         if any(parameter.is_meta for parameter in model.parameters()):
             self._checkpoint.verify()  # offloaded to disk
             return
@@ -165,7 +165,9 @@ def insert_pifa_layers(
         device, dtype_ = linear.weight.device, dtype or linear.weight.dtype
         shape = (entry.n, entry.m, entry.rank)
         options: dict[str, Any] = {"bias": entry.has_bias, "device": device, "dtype": dtype_}
-        layer = PIFALinear(*shape, **options) if kind is None else QuantizedLinear(*shape, kind, **options)
+        layer: nn.Module = PIFALinear(*shape, **options)
+        if kind is not None:
+            layer = QuantizedLinear(*shape, kind, pivots=entry.pivots, **options)
         model.set_submodule(name, layer)
     if kind is None:
         return

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pifa_vllm.checkpoint import FactorFormat, check_pivot_rows
+from pifa_vllm.checkpoint import FactorFormat, check_pivots
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS
 from pifa_vllm.factorization import PIFA
-from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops import Matrix, column_order, dense, pifa_linear, pivot_columns_linear, stacked_rows
 from pifa_vllm.ops.cpu import load
 from pifa_vllm.ops.reference import pifa_linear_reference
 from pifa_vllm.quantization import Quantized, QuantizedPIFA, groups, row_width
@@ -20,6 +21,7 @@ class PIFALinear(nn.Module):
     """A linear layer [m, n] of rank r in pivoting form, y = x Wᵀ + b (see `pifa_vllm.factorization`).
 
     Attributes:
+        pivots: "pivot_rows".
         pivot_weight: parameter [r, n].
         coefficients: parameter [m - r, r].
         pivot_rows: int32 buffer [r].
@@ -39,6 +41,7 @@ class PIFALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.pivots = PIVOT_ROWS
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pivot_weight = nn.Parameter(torch.empty(rank, in_features, **kind))
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank, **kind))
@@ -57,7 +60,7 @@ class PIFALinear(nn.Module):
         Raises:
             CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
         """
-        check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
+        check_pivots(self.pivot_rows, self.rank, self.out_features, source)
         self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
         if self.out_rows.device.type == "cpu":
             load()
@@ -101,7 +104,7 @@ class PIFALinear(nn.Module):
 
 
 def _finish_state_dict(module: PIFALinear | QuantizedLinear, _: object) -> None:
-    module.finish_loading("state dict: tensor pivot_rows")
+    module.finish_loading(f"state dict: tensor {module.pivots}")
 
 
 class QuantizedLinear(nn.Module):
@@ -109,21 +112,22 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         rank: r, or None where it is dense.
+        pivots: "pivot_rows" or "pivot_columns".
         pivot_weight, pivot_scale, coefficients, coefficient_scale: parameters without gradients, and
-        pivot_rows: int32 buffer [r], where there is a rank.
+        pivot_rows, or pivot_columns: int32 buffer [r], where there is a rank.
         weight, weight_scale: parameters without gradients, where there is none.
         bias: parameter [m] or None.
-        out_rows: int32 buffer [m], derived from `pivot_rows` by `finish_loading`, not saved.
+        order: int32 buffer, derived from the pivots by `finish_loading`, not saved: the outputs' rows [m]
+            (`ops.stacked_rows`), or the inputs' order [n] (`ops.column_order`).
     """
 
     pivot_weight: Tensor
     pivot_scale: Tensor
     coefficients: Tensor
     coefficient_scale: Tensor
-    pivot_rows: Tensor
     weight: Tensor
     weight_scale: Tensor
-    out_rows: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -132,17 +136,18 @@ class QuantizedLinear(nn.Module):
         rank: int | None,
         kind: FactorFormat,
         *,
+        pivots: str = PIVOT_ROWS,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank, self.kind = in_features, out_features, rank, kind
-        rows = torch.empty(out_features, device=device, dtype=torch.int32)
-        self.register_buffer("out_rows", None if rank is None else rows, persistent=False)
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.pivots = pivots
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        sizes = in_features if pivots == PIVOT_COLUMNS else out_features
+        order = None if rank is None else torch.empty(sizes, device=device, dtype=torch.int32)
+        self.register_buffer("order", order, persistent=False)
 
         def matrix(numbers: str, scale: str, rows: int, k: int, stored: torch.dtype) -> None:
             for name, width, kind_of in (
@@ -152,56 +157,55 @@ class QuantizedLinear(nn.Module):
                 tensor = torch.empty(rows, width, device=device, dtype=kind_of)
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
+        m, n, rest = out_features, in_features, kind.coefficient_dtype
         if rank is None:
-            matrix("weight", "weight_scale", out_features, in_features, kind.dtype)
+            matrix("weight", "weight_scale", m, n, kind.dtype)
             return
-        matrix("pivot_weight", "pivot_scale", rank, in_features, kind.dtype)
-        matrix("coefficients", "coefficient_scale", out_features - rank, rank, kind.coefficient_dtype)
-        self.register_buffer("pivot_rows", torch.empty(rank, device=device, dtype=torch.int32))
+        if pivots == PIVOT_COLUMNS:
+            matrix("pivot_weight", "pivot_scale", m, rank, kind.dtype)
+            matrix("coefficients", "coefficient_scale", rank, n - rank, rest)
+        else:
+            matrix("pivot_weight", "pivot_scale", rank, n, kind.dtype)
+            matrix("coefficients", "coefficient_scale", m - rank, rank, rest)
+        self.register_buffer(pivots, torch.empty(rank, device=device, dtype=torch.int32))
         self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
 
     def finish_loading(self, source: str) -> None:
-        """Check the pivot rows, if there are any, and derive the rows of the outputs from them.
+        """Check the pivots, if there are any, and derive the order of outputs or inputs from them.
 
         Raises:
-            CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m).
+            CheckpointError: naming `source`, if they are not strictly increasing rows in [0, m), or columns in
+                [0, n).
         """
         if self.rank is not None:
-            check_pivot_rows(self.pivot_rows, self.rank, self.out_features, source)
-            self.out_rows = stacked_rows([self.pivot_rows], [self.out_features])
+            columns = self.pivots == PIVOT_COLUMNS
+            pivots, size = self.get_buffer(self.pivots), self.in_features if columns else self.out_features
+            check_pivots(pivots, self.rank, size, source)
+            self.order = column_order(pivots, size) if columns else stacked_rows([pivots], [size])
         if next(self.parameters()).device.type == "cpu":
             load()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m], in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias, group = None if self.bias is None else self.bias.to(x.dtype), self.kind.group
         # Moving a model to another dtype moves its scales, too, which rounds them as it rounds all else.
         if self.rank is None:
-            weight, scale = self.weight, self.weight_scale.to(torch.float16)
-            m = self.out_features
-            return pifa_linear(
-                x,
-                weight,
-                weight.new_empty(0),
-                None,
-                [m],
-                [m],
-                bias,
-                scale,
-                scale.new_empty(0),
-                self.kind.group,
-            )
+            return dense(x, Matrix(self.weight, self.weight_scale.to(torch.float16), group), bias)
+        pivots = Matrix(self.pivot_weight, self.pivot_scale.to(torch.float16), group)
+        rest = Matrix(self.coefficients, self.coefficient_scale.to(torch.float16), group)
+        if self.pivots == PIVOT_COLUMNS:
+            return pivot_columns_linear(x, pivots, rest, cast("Tensor", self.order), bias)
         return pifa_linear(
             x,
             self.pivot_weight,
             self.coefficients.flatten(),
-            self.out_rows,
+            self.order,
             [self.rank],
             [self.out_features],
             bias,
-            self.pivot_scale.to(torch.float16),
+            pivots.scale,
             self.coefficient_scale.to(torch.float16).flatten(),
-            self.kind.group,
+            group,
         )
 
     def dense(self) -> nn.Linear:
@@ -210,9 +214,13 @@ class QuantizedLinear(nn.Module):
         if self.rank is None:
             weight = Quantized(self.weight, self.weight_scale, self.in_features, group).values()
         else:
-            pivots = Quantized(self.pivot_weight, self.pivot_scale, self.in_features, group)
-            rest = Quantized(self.coefficients, self.coefficient_scale, self.rank, group)
-            factors = QuantizedPIFA(pivots, rest, self.pivot_rows).values()
+            columns = self.pivots == PIVOT_COLUMNS
+            k, of_rest = (
+                (self.rank, self.in_features - self.rank) if columns else (self.in_features, self.rank)
+            )
+            pivots = Quantized(self.pivot_weight, self.pivot_scale, k, group)
+            rest = Quantized(self.coefficients, self.coefficient_scale, of_rest, group)
+            factors = QuantizedPIFA(pivots, rest, self.get_buffer(self.pivots), columns).values()
             weight = factors.to(torch.float64).dense().float()
         found = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         found.weight = nn.Parameter(weight)

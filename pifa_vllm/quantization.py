@@ -9,7 +9,8 @@ A row of k numbers is stored as one of
     float8_e4m3fn  [k]
 
 beside float16 scales, one for every `group_size` numbers or one for the whole row. A number stands for its value
-times its group's scale. Halves of 32 numbers, not neighbours, share a byte because a vector register of bytes then
+times its group's scale. A scale may be negative: of 4 bits -8 is the largest number, and the scale says which sign
+it stands for. Halves of 32 numbers, not neighbours, share a byte because a vector register of bytes then
 comes apart by a mask and a shift, in order.
 """
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pifa_vllm.factorization import PIFA
+from pifa_vllm.factorization import PIFA, PivotColumns
 
 BLOCK = 32  # 4-bit numbers that are packed together
 GROUP_SIZES = (32, 64, 128, 256)
@@ -46,7 +47,7 @@ def unit(dtype: torch.dtype, group_size: int) -> int:
 
 
 def fit_scales(values: Tensor, dtype: torch.dtype, group_size: int, clip: float = 1.0) -> Tensor:
-    """Choose scales: float16 [rows, groups(k)].
+    """Choose scales: float16 [rows, groups(k)], positive ones.
 
     Args:
         values: [rows, k].
@@ -143,12 +144,19 @@ def round_to_nearest(values: Tensor, dtype: torch.dtype, group_size: int) -> Qua
 
 @dataclass(frozen=True)
 class QuantizedPIFA:
-    """A matrix in pivoting form with quantized factors, see `pifa_vllm.factorization.PIFA`."""
+    """A matrix in pivoting form with quantized factors, see `pifa_vllm.factorization`.
+
+    Attributes:
+        pivots: int32 [r], of rows or columns.
+        columns: whether it has pivot columns.
+    """
 
     pivot_weight: Quantized
     coefficients: Quantized
-    pivot_rows: Tensor
+    pivots: Tensor
+    columns: bool = False
 
-    def values(self) -> PIFA:
+    def values(self) -> PIFA | PivotColumns:
         """What it stands for, in float32."""
-        return PIFA(self.pivot_weight.values(), self.coefficients.values(), self.pivot_rows)
+        form = PivotColumns if self.columns else PIFA
+        return form(self.pivot_weight.values(), self.coefficients.values(), self.pivots)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint import CheckpointWriter, FactorFormat, PIFAConfig, Shards, read_json
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS
 from pifa_vllm.checkpoint.writer import module_tensors
-from pifa_vllm.factorization import PIFA, factorize
+from pifa_vllm.factorization import PIFA, by_columns, factorize
 from pifa_vllm.quantization import QuantizedPIFA, round_to_nearest
 
 RankOf = Callable[[str, int, int], int | None]
@@ -54,7 +55,7 @@ def save_pifa_twin(
         parameters += factors.parameters
         stored: PIFA | QuantizedPIFA = factors.to(tensor.dtype)
         if kind is not None:
-            stored = quantized(factors, kind)
+            stored = quantized(factors, kind, kind.pivots(module))
         pifa |= module_tensors(module, stored, None, tensor.dtype)
         values = stored if isinstance(stored, PIFA) else stored.values()
         twin[tensor_name] = values.to(torch.float64).dense().to(tensor.dtype)
@@ -73,12 +74,15 @@ def save_pifa_twin(
         writer.publish(config, pifa_config)
 
 
-def quantized(factors: PIFA, kind: FactorFormat) -> QuantizedPIFA:
-    """Round factors to nearest."""
+def quantized(factors: PIFA, kind: FactorFormat, pivots: str = PIVOT_ROWS) -> QuantizedPIFA:
+    """Round factors, with pivot rows or columns, to nearest."""
+    columns = pivots == PIVOT_COLUMNS
+    form = by_columns(factors) if columns else factors
     return QuantizedPIFA(
-        round_to_nearest(factors.pivot_weight.float(), kind.dtype, kind.group),
-        round_to_nearest(factors.coefficients.float(), kind.coefficient_dtype, kind.group),
-        factors.pivot_rows,
+        round_to_nearest(form.pivot_weight.float(), kind.dtype, kind.group),
+        round_to_nearest(form.coefficients.float(), kind.coefficient_dtype, kind.group),
+        form.pivot_rows if isinstance(form, PIFA) else form.pivot_columns,
+        columns,
     )
 
 

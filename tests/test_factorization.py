@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pifa_vllm.factorization import (
     PIFA,
+    by_columns,
     factorize,
     lowrank_parameters,
     lowrank_rank,
@@ -212,3 +213,17 @@ def test_impossible_densities_are_refused(density: float) -> None:
     for rank_of in (pifa_rank, lowrank_rank):
         with pytest.raises(ValueError, match="density must be in"):
             rank_of(8, 8, density)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(9, 5, 3), (5, 9, 3), (4, 4, 4), (1, 7, 1), (6, 5, 0)])
+def test_pivot_columns_stand_for_the_same_matrix(m: int, n: int, rank: int) -> None:
+    factors = factorize(gaussian(m, rank, seed=0), gaussian(rank, n, seed=1))
+    found = by_columns(factors)
+    assert found.pivot_weight.shape == (m, rank)
+    assert found.coefficients.shape == (rank, n - rank)
+    assert found.pivot_columns.tolist() == sorted(set(found.pivot_columns.tolist()))
+    dense = factors.dense()
+    torch.testing.assert_close(found.dense(), dense)
+    torch.testing.assert_close(dense[:, found.pivot_columns.long()], found.pivot_weight)
+    if found.coefficients.numel():
+        assert float(found.coefficients.abs().max()) <= 1.05

@@ -15,7 +15,7 @@ from pifa_vllm.checkpoint.densify import densify
 from pifa_vllm.checkpoint.schema import FactorFormat, PIFAConfig, is_pifa, read_config, read_json
 from pifa_vllm.checkpoint.shards import Shards, TensorEntry
 from pifa_vllm.checkpoint.tokenizer import load_tokenizer
-from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite, check_pivot_rows
+from pifa_vllm.checkpoint.validate import Checkpoint, ModuleEntry, check_finite, check_pivots
 from pifa_vllm.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "Shards",
     "TensorEntry",
     "check_finite",
-    "check_pivot_rows",
+    "check_pivots",
     "densify",
     "is_pifa",
     "load_tokenizer",

@@ -18,6 +18,7 @@ _MAX_RANK: Final = (1 << 31) - 1
 PIVOT_WEIGHT = "pivot_weight"
 COEFFICIENTS = "coefficients"
 PIVOT_ROWS = "pivot_rows"
+PIVOT_COLUMNS = "pivot_columns"
 PIVOT_SCALE = "pivot_scale"
 COEFFICIENT_SCALE = "coefficient_scale"
 WEIGHT_SCALE = "weight_scale"
@@ -33,6 +34,8 @@ class FactorFormat(BaseModel):
         type: "int", or "float" for float8_e4m3fn.
         group_size: numbers of a row that share a scale; None for all of them.
         symmetric: there is no zero point.
+        pivot_columns: the kinds of modules, by the last part of their names, that have pivot columns in place of
+            pivot rows. What serving fuses has one or the other.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -42,12 +45,19 @@ class FactorFormat(BaseModel):
     type: Literal["int", "float"] = "int"
     group_size: Literal[32, 64, 128, 256] | None = None
     symmetric: Literal[True] = True
+    pivot_columns: list[Literal["gate_proj", "up_proj"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _check_type(self) -> FactorFormat:
+    def _check(self) -> FactorFormat:
         if self.type == "float" and (self.bits, self.coefficient_bits) != (8, 8):
             raise ValueError("floats have 8 bits")
+        if self.pivot_columns not in ([], ["gate_proj", "up_proj"]):
+            raise ValueError("pivot_columns are those of gate_proj and up_proj or of none")
         return self
+
+    def pivots(self, name: str) -> str:
+        """What the pivots of a module are called, and the tensor of their indices."""
+        return PIVOT_COLUMNS if name.rpartition(".")[2] in self.pivot_columns else PIVOT_ROWS
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,6 +13,7 @@ from pifa_vllm.checkpoint.schema import (
     BIAS,
     COEFFICIENT_SCALE,
     COEFFICIENTS,
+    PIVOT_COLUMNS,
     PIVOT_ROWS,
     PIVOT_SCALE,
     PIVOT_WEIGHT,
@@ -25,10 +26,10 @@ from pifa_vllm.checkpoint.schema import (
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
 from pifa_vllm.checkpoint.sizes import check_quantized, check_sizes, linear_shapes, read_sizes
 from pifa_vllm.errors import CheckpointError
-from pifa_vllm.factorization import PIFA
+from pifa_vllm.factorization import PIFA, PivotColumns
 from pifa_vllm.quantization import Quantized
 
-OF_FACTORS = (PIVOT_WEIGHT, PIVOT_SCALE, COEFFICIENTS, COEFFICIENT_SCALE, PIVOT_ROWS)
+OF_FACTORS = (PIVOT_WEIGHT, PIVOT_SCALE, COEFFICIENTS, COEFFICIENT_SCALE, PIVOT_ROWS, PIVOT_COLUMNS)
 _SCALES = (PIVOT_SCALE, COEFFICIENT_SCALE, WEIGHT_SCALE)
 
 
@@ -37,13 +38,15 @@ class ModuleEntry:
     """One compressed module as its shard's header describes it; [m, n] is the full matrix.
 
     Attributes:
-        dtype: of the pivot rows' numbers.
+        pivots: name of the tensor that says which its pivots are, "pivot_rows" or "pivot_columns".
+        dtype: of the pivots' numbers.
     """
 
     name: str
     m: int
     n: int
     rank: int
+    pivots: str
     dtype: torch.dtype
     has_bias: bool
     nbytes: int
@@ -109,6 +112,11 @@ class Checkpoint:
                     f"{entry.file}: tensor {tensor} belongs to a compressed module that "
                     "quantization_config.ranks does not name."
                 )
+            if suffix in (PIVOT_ROWS, PIVOT_COLUMNS) and suffix != modules[module].pivots:
+                raise CheckpointError(
+                    f"{entry.file}: tensor {tensor}: expected {modules[module].pivots} of this module by "
+                    f"quantization_config, found {suffix}."
+                )
             if suffix in _SCALES and (
                 config.factors is None or (suffix == WEIGHT_SCALE and module in modules)
             ):
@@ -127,8 +135,8 @@ class Checkpoint:
             x.dtype for name, x in self.shards.entries.items() if name.endswith("embed_tokens.weight")
         )
 
-    def load(self, name: str) -> PIFA:
-        """Load one compressed module, checking its pivot rows and that every value is finite.
+    def load(self, name: str) -> PIFA | PivotColumns:
+        """Load one compressed module, checking its pivots and that every value is finite.
 
         Quantized factors come as what they stand for, in float32.
 
@@ -136,9 +144,11 @@ class Checkpoint:
             CheckpointError: naming file, tensor, expected and found.
         """
         entry = self.modules[name]
-        weight = self._load(f"{name}.{PIVOT_WEIGHT}", f"{name}.{PIVOT_SCALE}", entry.n)
-        coefficients = self._load(f"{name}.{COEFFICIENTS}", f"{name}.{COEFFICIENT_SCALE}", entry.rank)
-        return PIFA(weight, coefficients, self.pivot_rows(name))
+        columns = entry.pivots == PIVOT_COLUMNS
+        of_pivots, of_rest = (entry.rank, entry.n - entry.rank) if columns else (entry.n, entry.rank)
+        weight = self._load(f"{name}.{PIVOT_WEIGHT}", f"{name}.{PIVOT_SCALE}", of_pivots)
+        coefficients = self._load(f"{name}.{COEFFICIENTS}", f"{name}.{COEFFICIENT_SCALE}", of_rest)
+        return (PivotColumns if columns else PIFA)(weight, coefficients, self.pivots(name))
 
     def load_dense(self, name: str) -> Tensor:
         """Load one module's weight that is dense; where it is quantized, as what it stands for, in float32.
@@ -159,17 +169,17 @@ class Checkpoint:
         check_finite(values, f"{self.shards.entry(name).file}: tensor {name}")
         return values
 
-    def check_pivot_rows(self) -> None:
-        """Read every module's pivot rows, a few KiB each: the check to make before a server starts.
+    def check_pivots(self) -> None:
+        """Read every module's pivots, a few KiB each: the check to make before a server starts.
 
         Raises:
             CheckpointError: at the first violation.
         """
         for name in self.modules:
-            self.pivot_rows(name)
+            self.pivots(name)
 
     def verify(self) -> None:
-        """Read every tensor: pivot rows sorted, unique and in range, all values finite.
+        """Read every tensor: pivots sorted, unique and in range, all values finite.
 
         Raises:
             CheckpointError: at the first violation.
@@ -198,45 +208,49 @@ class Checkpoint:
                 check_scale(tensor, source)
             check_finite(tensor, source)
 
-    def pivot_rows(self, name: str) -> Tensor:
-        """Load one module's pivot rows, int32 [r].
+    def pivots(self, name: str) -> Tensor:
+        """Load which rows, or columns, of one module are its pivots: int32 [r].
 
         Raises:
             CheckpointError: naming file, tensor, expected and found.
         """
-        entry, tensor = self.modules[name], f"{name}.{PIVOT_ROWS}"
-        rows = self.shards.load(tensor)
-        check_pivot_rows(rows, entry.rank, entry.m, f"{self.shards.entry(tensor).file}: tensor {tensor}")
-        return rows
+        entry = self.modules[name]
+        tensor = f"{name}.{entry.pivots}"
+        pivots, size = self.shards.load(tensor), entry.n if entry.pivots == PIVOT_COLUMNS else entry.m
+        check_pivots(pivots, entry.rank, size, f"{self.shards.entry(tensor).file}: tensor {tensor}")
+        return pivots
 
 
-def check_pivot_rows(rows: Tensor, rank: int, m: int, source: str) -> None:
-    """Check that `rows` are `rank` strictly increasing indices in [0, m).
+def check_pivots(pivots: Tensor, rank: int, size: int, source: str) -> None:
+    """Check that `pivots` are `rank` strictly increasing indices in [0, size).
 
     A row out of range would make a scatter kernel write out of bounds, so this comes before any launch.
 
     Args:
-        rows: any tensor that claims to be pivot rows.
+        pivots: any tensor that claims to be pivot rows or columns.
         rank: expected length.
-        m: rows of the full matrix.
+        size: rows, or columns, of the full matrix.
         source: file and tensor to name in errors.
 
     Raises:
         CheckpointError: naming the first violation.
     """
-    if rows.dtype != torch.int32 or tuple(rows.shape) != (rank,):
-        raise CheckpointError(f"{source}: expected int32 [{rank}], found {rows.dtype} {list(rows.shape)}.")
+    if pivots.dtype != torch.int32 or tuple(pivots.shape) != (rank,):
+        raise CheckpointError(
+            f"{source}: expected int32 [{rank}], found {pivots.dtype} {list(pivots.shape)}."
+        )
     if rank == 0:
         return
-    low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= m:
-        raise CheckpointError(f"{source}: expected rows in [0, {m}), found {low if low < 0 else high}.")
-    steps = rows[1:] - rows[:-1]
+    what = "columns" if source.endswith(PIVOT_COLUMNS) else "rows"
+    low, high = int(pivots.min()), int(pivots.max())
+    if low < 0 or high >= size:
+        raise CheckpointError(f"{source}: expected {what} in [0, {size}), found {low if low < 0 else high}.")
+    steps = pivots[1:] - pivots[:-1]
     if bool((steps <= 0).any()):
         place = int((steps <= 0).nonzero()[0])
         raise CheckpointError(
-            f"{source}: expected strictly increasing rows, found {int(rows[place])} followed by "
-            f"{int(rows[place + 1])} at index {place}."
+            f"{source}: expected strictly increasing {what}, found {int(pivots[place])} followed by "
+            f"{int(pivots[place + 1])} at index {place}."
         )
 
 
@@ -252,11 +266,11 @@ def check_finite(tensor: Tensor, source: str) -> None:
 
 
 def check_scale(tensor: Tensor, source: str) -> None:
-    """Raise CheckpointError, naming `source`, if a scale is not a finite number above 0."""
-    good = torch.isfinite(tensor) & (tensor > 0)
+    """Raise CheckpointError, naming `source`, if a scale is not a finite number other than 0."""
+    good = torch.isfinite(tensor) & (tensor != 0)
     if not bool(good.all()):
         raise CheckpointError(
-            f"{source}: expected finite scales above 0, found {int((~good).sum())} that are not."
+            f"{source}: expected finite scales other than 0, found {int((~good).sum())} that are not."
         )
 
 
@@ -325,7 +339,7 @@ def _check_module(shards: Shards, name: str, rank: int) -> ModuleEntry:
                 f"{bias.file}: tensor {name}.{BIAS}: expected {weight.dtype} [{m}], "
                 f"found {bias.dtype} {list(bias.shape)}."
             )
-    return ModuleEntry(name, m, n, rank, weight.dtype, has_bias, nbytes)
+    return ModuleEntry(name, m, n, rank, PIVOT_ROWS, weight.dtype, has_bias, nbytes)
 
 
 def _check_quantized_module(
@@ -336,18 +350,22 @@ def _check_quantized_module(
             f"{shards.directory / 'config.json'}: quantization_config.ranks[{name!r}]: expected at most "
             f"{min(m, n)} of a matrix [{m}, {n}], found {rank}."
         )
+    pivots = factors.pivots(name)
+    weight, coefficients = ((m, rank), (rank, n - rank))
+    if pivots == PIVOT_ROWS:
+        weight, coefficients = ((rank, n), (m - rank, rank))
     for numbers, scale, shape, dtype in (
-        (PIVOT_WEIGHT, PIVOT_SCALE, (rank, n), factors.dtype),
-        (COEFFICIENTS, COEFFICIENT_SCALE, (m - rank, rank), factors.coefficient_dtype),
+        (PIVOT_WEIGHT, PIVOT_SCALE, weight, factors.dtype),
+        (COEFFICIENTS, COEFFICIENT_SCALE, coefficients, factors.coefficient_dtype),
     ):
         check_quantized(
             shards.entries, shards.directory, f"{name}.{numbers}", f"{name}.{scale}", shape, dtype, factors
         )
-    rows = shards.entry(f"{name}.{PIVOT_ROWS}")
-    if rows.shape != (rank,) or rows.dtype != torch.int32:
+    indices = shards.entry(f"{name}.{pivots}")
+    if indices.shape != (rank,) or indices.dtype != torch.int32:
         raise CheckpointError(
-            f"{rows.file}: tensor {name}.{PIVOT_ROWS}: expected int32 [{rank}], "
-            f"found {rows.dtype} {list(rows.shape)}."
+            f"{indices.file}: tensor {name}.{pivots}: expected int32 [{rank}], "
+            f"found {indices.dtype} {list(indices.shape)}."
         )
     has_bias = f"{name}.{BIAS}" in shards
     if has_bias:
@@ -357,5 +375,6 @@ def _check_quantized_module(
                 f"{bias.file}: tensor {name}.{BIAS}: expected a floating dtype [{m}], "
                 f"found {bias.dtype} {list(bias.shape)}."
             )
-    nbytes = sum(shards.entry(f"{name}.{suffix}").nbytes for suffix in OF_FACTORS)
-    return ModuleEntry(name, m, n, rank, factors.dtype, has_bias, nbytes)
+    stored = (PIVOT_WEIGHT, PIVOT_SCALE, COEFFICIENTS, COEFFICIENT_SCALE, pivots)
+    nbytes = sum(shards.entry(f"{name}.{suffix}").nbytes for suffix in stored)
+    return ModuleEntry(name, m, n, rank, pivots, factors.dtype, has_bias, nbytes)

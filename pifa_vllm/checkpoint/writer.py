@@ -18,6 +18,7 @@ from pifa_vllm.checkpoint.schema import (
     BIAS,
     COEFFICIENT_SCALE,
     COEFFICIENTS,
+    PIVOT_COLUMNS,
     PIVOT_ROWS,
     PIVOT_SCALE,
     PIVOT_WEIGHT,
@@ -144,9 +145,9 @@ def module_tensors(
     name: str, factors: PIFA | QuantizedPIFA, bias: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Name a compressed module's tensors as the format does, rounded to `dtype` where they are not quantized."""
-    tensors = {f"{name}.{PIVOT_ROWS}": factors.pivot_rows}
     if isinstance(factors, QuantizedPIFA):
-        tensors |= {
+        tensors = {
+            f"{name}.{PIVOT_COLUMNS if factors.columns else PIVOT_ROWS}": factors.pivots,
             f"{name}.{PIVOT_WEIGHT}": factors.pivot_weight.numbers,
             f"{name}.{PIVOT_SCALE}": factors.pivot_weight.scale,
             f"{name}.{COEFFICIENTS}": factors.coefficients.numbers,
@@ -154,7 +155,8 @@ def module_tensors(
         }
     else:
         stored = factors.to(dtype)
-        tensors |= {
+        tensors = {
+            f"{name}.{PIVOT_ROWS}": factors.pivot_rows,
             f"{name}.{PIVOT_WEIGHT}": stored.pivot_weight,
             f"{name}.{COEFFICIENTS}": stored.coefficients,
         }

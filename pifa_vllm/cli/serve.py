@@ -201,7 +201,7 @@ def check_model(model: str) -> bool:
     # Whatever else vLLM serves (GGUF, FP8, pickled weights) is vLLM's to judge.
     if not (directory / "config.json").is_file() or not is_pifa(directory):
         return False
-    Checkpoint.open(directory).check_pivot_rows()
+    Checkpoint.open(directory).check_pivots()
     return True
 
 

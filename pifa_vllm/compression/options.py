@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ DEFAULT_MIX: dict[Method, float] = {
 
 # As `--factors` calls them. Coefficients keep 8 bits beside pivot rows of 4: their errors reach the outputs times
 # pivot outputs, which otherwise cancel one another.
+# Where m > n most numbers are coefficients with pivot rows, and few with pivot columns.
+_with_columns = partial(FactorFormat, pivot_columns=["gate_proj", "up_proj"])
 FACTORS = {
-    "int8": FactorFormat(bits=8, coefficient_bits=8, group_size=128),
-    "int4": FactorFormat(bits=4, coefficient_bits=8, group_size=32),
-    "fp8": FactorFormat(bits=8, coefficient_bits=8, type="float"),
+    "int8": _with_columns(bits=8, coefficient_bits=8, group_size=128),
+    "int4": _with_columns(bits=4, coefficient_bits=8, group_size=32),
+    "fp8": _with_columns(bits=8, coefficient_bits=8, type="float"),
 }
 
 

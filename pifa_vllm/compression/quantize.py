@@ -5,6 +5,9 @@ the metric G of the inputs. In pivoting form the rows of W_p depend on one anoth
 pivot output reaches the other outputs times C. So the rows are taken in blocks, and the error of a block moves onto
 the rows that are left, in the metric R = I + CᵀC of what the outputs make of y_p. C is then fitted anew to the W_p
 that there is, and rounded in the metric of its own inputs, Ŵ_p G Ŵ_pᵀ.
+
+With pivot columns the rows of W_c are independent, in the metric of their inputs x_p + B x_r. B is then fitted
+anew and rounded in the metric of x_r, its rows in that of what W_c makes of them, W_cᵀ W_c.
 """
 
 from __future__ import annotations
@@ -14,8 +17,18 @@ from torch import Tensor
 
 from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.compression.lowrank import regularised
-from pifa_vllm.factorization import PIFA
-from pifa_vllm.quantization import Quantized, QuantizedPIFA, fit_scales, groups, pack, round_to, row_width
+from pifa_vllm.factorization import PIFA, PivotColumns
+from pifa_vllm.ops import column_order
+from pifa_vllm.quantization import (
+    Quantized,
+    QuantizedPIFA,
+    fit_scales,
+    groups,
+    pack,
+    round_to,
+    row_width,
+    spread,
+)
 
 # Of the metrics, in units of their mean diagonal, as GPTQ has it.
 _DAMPING = 0.01
@@ -25,7 +38,7 @@ _FIT_RIDGE = 1e-6
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Columns whose errors move on together, and blocks of rows.
 _COLUMNS = 128
-_ROW_BLOCKS = 32
+_ROW_BLOCKS = 16
 
 
 def quantize_factors(factors: PIFA, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
@@ -48,6 +61,31 @@ def quantize_factors(factors: PIFA, gram: Tensor, kind: FactorFormat) -> Quantiz
     return QuantizedPIFA(pivots, rest, factors.pivot_rows)
 
 
+def quantize_columns(factors: PivotColumns, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
+    """Quantize a module with pivot columns.
+
+    Args:
+        factors: of W [m, n], in float64.
+        gram: G = E[x xᵀ] [n, n], float64.
+        kind: of both factors' numbers.
+    """
+    weight, coefficients, pivots = factors.pivot_weight, factors.coefficients, factors.pivot_columns
+    rank = len(pivots)
+    order = column_order(pivots, len(gram)).long()
+    ordered = gram[order][:, order]
+    own, cross, rest = ordered[:rank, :rank], ordered[:rank, rank:], ordered[rank:, rank:]
+    mixed = cross @ coefficients.T
+    inner = own + mixed + mixed.T + coefficients @ rest @ coefficients.T  # of x_p + B x_r
+    found = round_matrix(weight, inner, kind.dtype, kind.group)
+    kept = found.values().double()
+    # What W_c lost on x_p, as far as x_r tells it, B can give back.
+    lost = torch.linalg.solve(regularised(rest, _FIT_RIDGE), ((weight - kept) @ cross).T).T
+    outputs = regularised(kept.T @ kept, _FIT_RIDGE)
+    fitted = torch.linalg.solve(outputs, kept.T @ (weight @ coefficients + lost))
+    others = round_matrix(fitted, rest, kind.coefficient_dtype, kind.group, outputs)
+    return QuantizedPIFA(found, others, pivots, columns=True)
+
+
 def round_matrix(
     matrix: Tensor, metric: Tensor, dtype: torch.dtype, group_size: int, rows: Tensor | None = None
 ) -> Quantized:
@@ -67,12 +105,12 @@ def round_matrix(
     if m > 0 and k > 0:
         damped = regularised(metric.double(), _DAMPING)
         root = _inverse_root(damped).float()
-        weights = damped.diagonal().float()
+        damped = damped.float()
         row_root = None if rows is None else _inverse_root(regularised(rows.double(), _DAMPING))
         size = m if row_root is None else -(-m // _ROW_BLOCKS)
         for begin in range(0, m, size):
             end = min(begin + size, m)
-            block = _round_rows(left[begin:end].float(), weights, root, dtype, group_size)
+            block = _round_rows(left[begin:end].float(), damped, root, dtype, group_size)
             numbers[begin:end], scale[begin:end] = block.numbers, block.scale
             if row_root is not None and end < m:
                 error = left[begin:end] - block.values()
@@ -88,10 +126,12 @@ def _inverse_root(metric: Tensor) -> Tensor:
 
 
 def _round_rows(
-    values: Tensor, weights: Tensor, root: Tensor, dtype: torch.dtype, group_size: int
+    values: Tensor, metric: Tensor, root: Tensor, dtype: torch.dtype, group_size: int
 ) -> Quantized:
-    """GPTQ of rows that do not depend on one another; `values` is used up."""
+    """GPTQ of rows that do not depend on one another."""
     rows, k = values.shape
+    weights = metric.diagonal()
+    left = values.clone()
     numbers = torch.empty_like(values)
     whole = _best_scale(values, weights, dtype)
     scales = [] if group_size else [whole]
@@ -99,15 +139,28 @@ def _round_rows(
     for begin in range(0, k, step):
         end = min(begin + step, k)
         if group_size:
-            scales.append(_best_scale(values[:, begin:end], weights[begin:end], dtype))
+            scales.append(_best_scale(left[:, begin:end], weights[begin:end], dtype))
         scale = scales[-1][:, 0].float()
         errors = values.new_empty(rows, end - begin)
         for i in range(begin, end):
-            numbers[:, i] = round_to(values[:, i], scale, dtype)
-            errors[:, i - begin] = (values[:, i] - numbers[:, i] * scale) / root[i, i]
-            values[:, i:end] -= errors[:, i - begin, None] * root[i, i:end]
-        values[:, end:] -= errors @ root[begin:end, end:]
-    return Quantized(pack(numbers, dtype), torch.cat(scales, dim=1), k, group_size)
+            numbers[:, i] = round_to(left[:, i], scale, dtype)
+            errors[:, i - begin] = (left[:, i] - numbers[:, i] * scale) / root[i, i]
+            left[:, i:end] -= errors[:, i - begin, None] * root[i, i:end]
+        left[:, end:] -= errors @ root[begin:end, end:]
+    found = torch.cat(scales, dim=1)
+    if dtype == torch.uint8:
+        _settle(numbers, spread(found, k, group_size), values, metric)
+    return Quantized(pack(numbers, dtype), found, k, group_size)
+
+
+def _settle(numbers: Tensor, scale: Tensor, values: Tensor, metric: Tensor) -> None:
+    """Round every number once more, in place, now that all others are known: one pass of coordinate descent."""
+    kept = numbers * scale
+    pull = (values - kept) @ metric
+    for i in range(values.shape[1]):
+        numbers[:, i] = round_to(kept[:, i] + pull[:, i] / metric[i, i], scale[:, i], torch.uint8)
+        moved = numbers[:, i] * scale[:, i] - kept[:, i]
+        pull -= moved[:, None] * metric[i]
 
 
 def _best_scale(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,10 +168,14 @@ def _best_scale(values: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     best = fit_scales(values, dtype, 0)
     if dtype != torch.uint8:
         return best
+    largest = values.gather(1, values.abs().argmax(dim=1, keepdim=True))
     least = values.new_full((len(values),), float("inf"))
     for clip in _CLIPS:
         scale = fit_scales(values, dtype, 0, clip)
-        error = ((round_to(values, scale.float(), dtype) * scale - values).square() * weights).sum(dim=1)
-        best = torch.where((error < least)[:, None], scale, best)
-        least = torch.minimum(error, least)
+        # With this sign the largest value is a multiple of -8, of which there is one more.
+        for candidate in (scale, scale * torch.where(largest > 0, -7 / 8, 7 / 8).to(scale.dtype)):
+            found = round_to(values, candidate.float(), dtype) * candidate
+            error = ((found - values).square() * weights).sum(dim=1)
+            best = torch.where((error < least)[:, None], candidate, best)
+            least = torch.minimum(error, least)
     return best

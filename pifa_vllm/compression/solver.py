@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not re-exported
 
 from pifa_vllm.checkpoint import Checkpoint
-from pifa_vllm.checkpoint.schema import WEIGHT_SCALE
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, WEIGHT_SCALE
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compression.allocation import PARAMETERS
 from pifa_vllm.compression.correction import fit_correction
@@ -25,10 +25,10 @@ from pifa_vllm.compression.lowrank import (
 )
 from pifa_vllm.compression.moments import Moments
 from pifa_vllm.compression.options import CompressOptions
-from pifa_vllm.compression.quantize import quantize_factors, round_matrix
+from pifa_vllm.compression.quantize import quantize_columns, quantize_factors, round_matrix
 from pifa_vllm.compression.report.schema import ModuleReport
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import PIFA, factorize
+from pifa_vllm.factorization import PIFA, by_columns, factorize
 from pifa_vllm.quantization import QuantizedPIFA
 
 
@@ -93,7 +93,12 @@ class LayerSolver:
 
         factors: PIFA | None = None
         if self._given is not None:
-            factors = self._given.load(name).to(torch.float64)
+            given = self._given.load(name).to(torch.float64)
+            if not isinstance(given, PIFA):
+                raise PifaError(
+                    f"{name}: expected pivot rows, which are what is quantized, found pivot columns."
+                )
+            factors = given
             product = factors.dense()
         else:
             try:
@@ -110,7 +115,9 @@ class LayerSolver:
                 factors = factorize(u, v)
             rank, largest = factors.rank, factors.max_coefficient
             stored: PIFA | QuantizedPIFA = factors.to(self._dtype)
-            if self._format is not None:
+            if self._format is not None and self._format.pivots(name) == PIVOT_COLUMNS:
+                stored = quantize_columns(by_columns(factors), gram, self._format)
+            elif self._format is not None:
                 stored = quantize_factors(factors, gram, self._format)
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
             used = (stored if isinstance(stored, PIFA) else stored.values()).to(torch.float64).dense()

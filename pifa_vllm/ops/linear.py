@@ -31,7 +31,7 @@ def pifa_linear(
     W may be several such matrices stacked; x is then multiplied by all of their pivot rows at once. Their factors
     may be quantized (`pifa_vllm.quantization`): each kind of factor with integers of 8 or of 4 bits, or both with
     floats of 8, and all with one size of groups. Shapes, dtypes and devices are checked on every call; that the
-    rows of `out_rows` are a permutation is for whoever loads them to check (`checkpoint.check_pivot_rows`).
+    rows of `out_rows` are a permutation is for whoever loads them to check (`checkpoint.check_pivots`).
 
     Args:
         x: [..., n], float32, bfloat16 or float16; any strides.

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pifa_vllm.errors import CheckpointError
-from pifa_vllm.plugin.layout import Parameters, Shard, dense
+from pifa_vllm.ops import Matrix, dense
+from pifa_vllm.plugin.layout import Parameters, Shard, is_coefficients
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -76,7 +77,7 @@ class ColumnLayout:
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View this rank's pivot rows of a shard, its coefficients, or its rows of a dense one."""
         whole = parameters.of(suffix)
-        if suffix in ("coefficients", "coefficient_scale"):
+        if is_coefficients(suffix):
             return self._matrices(whole, suffix)[index]
         if suffix in ("weight", "weight_scale"):
             return torch.split(whole[self._own :], self._dense)[index]
@@ -86,7 +87,7 @@ class ColumnLayout:
 
     def cut(self, index: int, suffix: str, tensor: Tensor) -> Tensor:
         """Cut the same out of the checkpoint's tensor."""
-        if suffix in ("coefficients", "coefficient_scale"):
+        if is_coefficients(suffix):
             begin, end = self._rest[index]
         elif suffix in ("weight", "weight_scale"):
             begin, end = self._outputs[index]
@@ -129,7 +130,7 @@ class ColumnLayout:
 
     def start(self, parameters: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y_p [..., R], gathered, and this rank's outputs of dense shards."""
-        y = dense(x, parameters.pivot_weight, None, parameters.pivot_scale, parameters.group_size)
+        y = dense(x, Matrix(parameters.pivot_weight, parameters.pivot_scale, parameters.group_size))
         own, kept = torch.split(y, [self._own, sum(self._dense)], dim=-1)
         if self._stack == 0:
             return own, kept
@@ -147,7 +148,7 @@ class ColumnLayout:
         for shard, first, matrix, scale in zip(self.shards, self._pivot, matrices, scales, strict=True):
             if matrix.shape[0] > 0:
                 own = y_p[..., first : first + (shard.rank or 0)]
-                columns.append(dense(own, matrix, None, scale, size))
+                columns.append(dense(own, Matrix(matrix, scale, size)))
         y = torch.cat(columns, dim=-1).index_select(-1, parameters.rows)
         return y if bias is None else y + bias
 

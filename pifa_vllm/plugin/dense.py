@@ -11,8 +11,8 @@ from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from pifa_vllm.ops import Matrix, dense
 from pifa_vllm.ops.cpu import ask_for_large_pages, load
-from pifa_vllm.plugin.layout import dense
 
 
 class _Streamed:
@@ -33,7 +33,7 @@ class _Streamed:
         """Multiply x [..., n] to [..., m]."""
         if self.streamed:
             weight: Tensor = layer.weight  # type: ignore[assignment]  # modules are not annotated
-            return dense(x, weight, bias)
+            return dense(x, Matrix(weight), bias)
         y: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]  # of vLLM's method beside it
         return y
 

@@ -1,6 +1,7 @@
 """What one rank holds of a layer in pivoting form when it holds all of it, and what every layout answers to.
 
-The layouts for several tensor-parallel ranks are `pifa_vllm.plugin.column` and `pifa_vllm.plugin.row`.
+The layouts for several tensor-parallel ranks are `pifa_vllm.plugin.column` and `pifa_vllm.plugin.row`, that for
+pivot columns is `pifa_vllm.plugin.pivot_columns`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint import FactorFormat
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS
 from pifa_vllm.ops import pifa_linear, stacked_rows
 from pifa_vllm.quantization import groups, row_width, unit
 
 # The tensor of scales that lies beside one of numbers.
 SCALE_OF = {"pivot_weight": "pivot_scale", "coefficients": "coefficient_scale", "weight": "weight_scale"}
+
+
+def is_coefficients(suffix: str) -> bool:
+    """Tell whether a tensor is of the coefficients: the others of a module are of its pivots, or of all of it."""
+    return suffix in ("coefficients", "coefficient_scale")
 
 
 @dataclass
@@ -45,11 +52,21 @@ class Shard:
         """The tensors, besides a bias, that the checkpoint holds for it."""
         numbers = ("weight",) if self.rank is None else ("pivot_weight", "coefficients")
         scales = () if self.kind is None else tuple(map(SCALE_OF.__getitem__, numbers))
-        return (*numbers, *scales, *(() if self.rank is None else ("pivot_rows",)))
+        return (*numbers, *scales, *(() if self.rank is None else (self.pivots_name,)))
+
+    @property
+    def pivots_name(self) -> str:
+        """What says which its pivots are: "pivot_rows" or "pivot_columns"."""
+        return PIVOT_ROWS if self.kind is None else self.kind.pivots(self.name)
 
     def source(self, suffix: str) -> str:
         """Name one of its tensors in an error."""
         return f"layer {self.name}: tensor {self.name}.{suffix}"
+
+    @property
+    def size(self) -> int:
+        """Rows, or columns, among which its pivots are."""
+        return self.n if self.pivots_name == PIVOT_COLUMNS else self.m
 
     @property
     def pivots(self) -> int:
@@ -57,17 +74,21 @@ class Shard:
         return self.m if self.rank is None else self.rank
 
     def shape(self, suffix: str) -> list[int]:
-        """Shape of one of its tensors in the checkpoint."""
-        if suffix == "pivot_rows":
-            return [self.pivots]
-        of_coefficients = suffix in ("coefficients", "coefficient_scale")
-        rows, k = (self.m - self.pivots, self.pivots) if of_coefficients else (self.pivots, self.n)
+        """Shape of one of its matrices in the checkpoint."""
+        if self.rank is not None and self.pivots_name == PIVOT_COLUMNS:
+            rows, k = (self.rank, self.n - self.rank) if is_coefficients(suffix) else (self.m, self.rank)
+        else:
+            rows, k = (
+                (self.m - self.pivots, self.pivots) if is_coefficients(suffix) else (self.pivots, self.n)
+            )
         return [rows, self.columns(suffix, 0, k).stop]
 
     def dtype(self, suffix: str, served: torch.dtype) -> torch.dtype:
         """Of one of its tensors where the model is served in `served`."""
-        if self.kind is None or suffix == "pivot_rows":
-            return torch.int32 if suffix == "pivot_rows" else served
+        if suffix in (PIVOT_ROWS, PIVOT_COLUMNS):
+            return torch.int32
+        if self.kind is None:
+            return served
         if suffix.endswith("_scale"):
             return torch.float16
         return self.kind.coefficient_dtype if suffix == "coefficients" else self.kind.dtype
@@ -88,12 +109,13 @@ class Shard:
 
 
 class Parameters(NamedTuple):
-    """What a rank holds of a layer, besides the pivot rows of its shards.
+    """What a rank holds of a layer, besides the pivots of its shards.
 
     Attributes:
-        pivot_weight: matrix; the rows that x is multiplied with first.
+        pivot_weight: matrix; the rows that x is multiplied with first. With pivot columns flat, like
         coefficients: flat; the matrices that y_p is multiplied with, one after another.
-        rows: int32 [outputs of this rank], where they come from or go to; derived from the pivot rows.
+        rows: int32 [outputs of this rank], where they come from or go to; derived from the pivots. With pivot
+            columns [inputs of all shards], in which order they are taken.
         pivot_scale: of the pivot weight, where it is quantized.
         coefficient_scale: flat, of the coefficients.
         group_size: of the groups that share a scale.
@@ -129,8 +151,8 @@ class Layout(Protocol):
         """Cut the same out of the checkpoint's tensor."""
         ...
 
-    def rows(self, pivot_rows: Sequence[Tensor]) -> Tensor:
-        """Build `rows` from the pivot rows [r] of each shard; a dense one's are all of its rows."""
+    def rows(self, pivots: Sequence[Tensor]) -> Tensor:
+        """Build `rows` from the pivots [r] of each shard; a dense one's are all of its rows, or columns."""
         ...
 
     def apply(self, parameters: Parameters, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,7 +179,7 @@ class WholeLayout:
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View a shard's whole tensor."""
         whole = parameters.of(suffix)
-        if suffix in ("coefficients", "coefficient_scale"):
+        if is_coefficients(suffix):
             shapes = [shard.shape(suffix) for shard in self.shards]
             return torch.split(whole, [math.prod(shape) for shape in shapes])[index].view(shapes[index])
         return torch.split(whole, self._ranks)[index]
@@ -166,9 +188,9 @@ class WholeLayout:
         """Keep all of it."""
         return tensor
 
-    def rows(self, pivot_rows: Sequence[Tensor]) -> Tensor:
+    def rows(self, pivots: Sequence[Tensor]) -> Tensor:
         """Σm."""
-        return stacked_rows(pivot_rows, self._out_features)
+        return stacked_rows(pivots, self._out_features)
 
     def apply(self, parameters: Parameters, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., n] to [..., Σm]."""
@@ -182,15 +204,3 @@ class WholeLayout:
             bias,
             *parameters[3:],
         )
-
-
-def dense(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, group_size: int = 0
-) -> Tensor:
-    """Multiply x [..., n] by a dense matrix [m, n]: to the kernels one that is all pivot rows, in order."""
-    m = weight.shape[0]
-    if m == 0 or weight.shape[1] == 0:
-        y = x.new_zeros((*x.shape[:-1], m))
-        return y if bias is None else y + bias
-    no_scale = None if scale is None else scale.new_empty(0)
-    return pifa_linear(x, weight, weight.new_empty(0), None, [m], [m], bias, scale, no_scale, group_size)

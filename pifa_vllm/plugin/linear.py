@@ -12,7 +12,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from pifa_vllm.checkpoint import check_finite, check_pivot_rows
+from pifa_vllm.checkpoint import check_finite, check_pivots
 from pifa_vllm.checkpoint.validate import check_scale
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.ops.cpu import ask_for_large_pages, load
@@ -61,7 +61,7 @@ class PIFALinearMethod(LinearMethodBase):
         first = self.shards[0]
         shapes = {
             **self.layout.shapes(),
-            "pivot_rows": (sum(s.rank or 0 for s in self.shards),),
+            first.pivots_name: (sum(s.rank or 0 for s in self.shards),),
             "weight": (0,),
             **({} if first.kind is None else {"weight_scale": (0,)}),
         }
@@ -83,8 +83,8 @@ class PIFALinearMethod(LinearMethodBase):
 
     def part(self, layer: LinearBase, index: int, suffix: str) -> Tensor:
         """View what this rank holds of a shard's tensor; empty if that is nothing."""
-        if suffix == "pivot_rows":
-            return torch.split(layer.pivot_rows.data, [s.rank or 0 for s in self.shards])[index]
+        if suffix == self.shards[index].pivots_name:
+            return torch.split(getattr(layer, suffix).data, [s.rank or 0 for s in self.shards])[index]
         return self.layout.part(index, suffix, _parameters(layer))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -108,7 +108,7 @@ class PIFALinearMethod(LinearMethodBase):
             for suffix in shard.suffixes:
                 if suffix not in shard.loaded:
                     raise CheckpointError(f"{shard.source(suffix)} is missing from the checkpoint.")
-                if suffix != "pivot_rows":
+                if suffix != shard.pivots_name:
                     # In the dtype that is served: a checkpoint's float32 may overflow in float16.
                     part = self.part(layer, index, suffix)
                     check = check_scale if suffix.endswith("_scale") else check_finite
@@ -116,11 +116,13 @@ class PIFALinearMethod(LinearMethodBase):
             # Should weights be loaded again, the next load is checked by itself.
             shard.loaded.clear()
 
-        rows = list(torch.split(layer.pivot_rows, [s.rank or 0 for s in self.shards]))
-        for i, shard in enumerate(self.shards):
-            if shard.rank is None:
-                rows[i] = torch.arange(shard.m, device=layer.rows.device)
-        layer.rows.copy_(self.layout.rows(rows))
+        pivots = [
+            torch.arange(shard.size, device=layer.rows.device)
+            if shard.rank is None
+            else self.part(layer, index, shard.pivots_name)
+            for index, shard in enumerate(self.shards)
+        ]
+        layer.rows.copy_(self.layout.rows(pivots))
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply x [..., n] to [..., outputs], both of this rank."""
@@ -164,8 +166,8 @@ def _copy_shard(
         raise CheckpointError(
             f"{source} is not expected: quantization_config.ranks says the module is {form}."
         )
-    if suffix == "pivot_rows":
-        check_pivot_rows(loaded_weight, shard.pivots, shard.m, source)
+    if suffix == shard.pivots_name:
+        check_pivots(loaded_weight, shard.pivots, shard.size, source)
     elif list(loaded_weight.shape) != shard.shape(suffix):
         raise CheckpointError(f"{source}: expected {shard.shape(suffix)}, found {list(loaded_weight.shape)}.")
     else:

@@ -14,9 +14,11 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.plugin.column import ColumnLayout
 from pifa_vllm.plugin.layout import Layout, Shard, WholeLayout
+from pifa_vllm.plugin.pivot_columns import PivotColumnsLayout
 from pifa_vllm.plugin.row import RowLayout
 from pifa_vllm.plugin.view import CheckpointView
 
@@ -66,11 +68,16 @@ def choose_layout(
                 f"{unit} inputs that are quantized together, found {layer.tp_size}, which leaves it {inputs}."
             )
         return RowLayout(shards[0], (begin, begin + inputs), layer.tp_rank, layer.tp_size, _reduce_scatter)
+    begins = [
+        layer.tp_rank // copies * m if column else 0 for m, copies in zip(outputs, replicas, strict=True)
+    ]
+    own = [(begin, begin + m) for begin, m in zip(begins, outputs, strict=True)]
+    if shards[0].pivots_name == PIVOT_COLUMNS:
+        return PivotColumnsLayout(shards, own)
     if column:
-        begins = [layer.tp_rank // copies * m for m, copies in zip(outputs, replicas, strict=True)]
         return ColumnLayout(
             shards,
-            [(begin, begin + m) for begin, m in zip(begins, outputs, strict=True)],
+            own,
             [None if s.rank is None else view.pivot_rows(s.name, s.m) for s in shards],
             layer.tp_rank,
             layer.tp_size,

@@ -79,7 +79,7 @@ def check_reload(view: CheckpointView, methods: list[PIFALinearMethod], model: s
     for method in methods:
         # Several tensor-parallel ranks hold shares whose sizes follow from the pivot rows.
         rows = [
-            torch.arange(s.m) if s.rank is None else checkpoint.pivot_rows(view.stored_name(s.name))
+            torch.arange(s.size) if s.rank is None else checkpoint.pivots(view.stored_name(s.name))
             for s in method.shards
         ]
         method.layout.rows(rows)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pifa_vllm.factorization import remaining_rows
-from pifa_vllm.plugin.layout import Parameters, Shard, dense
+from pifa_vllm.ops import Matrix, dense
+from pifa_vllm.plugin.layout import Parameters, Shard, is_coefficients
 
 ReduceScatter = Callable[[Tensor], Tensor]
 
@@ -63,7 +64,7 @@ class RowLayout:
     def part(self, index: int, suffix: str, parameters: Parameters) -> Tensor:
         """View all of a parameter."""
         (shard,), whole = self.shards, parameters.of(suffix)
-        if suffix in ("coefficients", "coefficient_scale"):
+        if is_coefficients(suffix):
             return whole.view(shard.m - shard.pivots, self._width(suffix))
         return whole
 
@@ -72,9 +73,8 @@ class RowLayout:
         return tensor[:, self._columns(suffix)]
 
     def _columns(self, suffix: str) -> slice:
-        of_coefficients = suffix in ("coefficients", "coefficient_scale")
         return self.shards[0].columns(
-            suffix, *((self._begin, self._end) if of_coefficients else self._inputs)
+            suffix, *((self._begin, self._end) if is_coefficients(suffix) else self._inputs)
         )
 
     def _width(self, suffix: str) -> int:
@@ -97,12 +97,12 @@ class RowLayout:
     def apply(self, parameters: Parameters, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., own inputs] to a summand of y [..., m]; the bias is one rank's."""
         size = parameters.group_size
-        y_p = dense(x, parameters.pivot_weight, None, parameters.pivot_scale, size)  # [..., r]
+        y_p = dense(x, Matrix(parameters.pivot_weight, parameters.pivot_scale, size))  # [..., r]
         own = self._reduce_scatter(pad(y_p, (0, self._padding)))[..., : self._end - self._begin]
         scale = None
         if parameters.coefficient_scale is not None:
             scale = self.part(0, "coefficient_scale", parameters)
-        rest = dense(own, self.part(0, "coefficients", parameters), None, scale, size)
+        rest = dense(own, Matrix(self.part(0, "coefficients", parameters), scale, size))
         y = torch.cat([own, rest, own.new_zeros((*own.shape[:-1], 1))], dim=-1)
         y = y.index_select(-1, parameters.rows)
         return y if bias is None else y + bias

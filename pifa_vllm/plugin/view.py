@@ -64,7 +64,7 @@ class CheckpointView:
         directory = Path(model)
         if directory.is_dir():
             checkpoint = Checkpoint.open(directory)
-            checkpoint.check_pivot_rows()
+            checkpoint.check_pivots()
             self.tensors = set(checkpoint.shards.entries)
             self.shapes = {name: entry.shape for name, entry in checkpoint.shards.entries.items()}
 
@@ -151,7 +151,7 @@ class CheckpointView:
             raise CheckpointError(
                 f"layer {name}: expected {m} outputs as config.json says, found {entry.m} in the checkpoint."
             )
-        return checkpoint.pivot_rows(module)
+        return checkpoint.pivots(module)
 
     def check_dense(self, dtype: torch.dtype) -> None:
         """Check, once the first load has read them, the tensors that are none of the PIFA layers'.

@@ -110,17 +110,27 @@ class Sample:
         writer.publish(dict(CONFIG), PIFAConfig.parse(self.section, "sample"))
 
 
-def quantized_sample(bits: int = 4, coefficient_bits: int = 8, kind: str = "int") -> Sample:
-    """The same with every linear module quantized, in groups of 32."""
+def quantized_sample(
+    bits: int = 4, coefficient_bits: int = 8, kind: str = "int", *, columns: bool = False
+) -> Sample:
+    """The same with every linear module quantized, in groups of 32, and gate and up with pivot columns or rows."""
     sample = Sample()
     factors = FactorFormat.model_validate(
-        {"bits": bits, "coefficient_bits": coefficient_bits, "type": kind, "group_size": 32}
+        {
+            "bits": bits,
+            "coefficient_bits": coefficient_bits,
+            "type": kind,
+            "group_size": 32,
+            "pivot_columns": ["gate_proj", "up_proj"] if columns else [],
+        }
     )
     sample.section |= {"format_version": 2, "factors": factors.model_dump()}
     for shard in sample.shards:
         for name in [x.removesuffix(".pivot_rows") for x in shard if x.endswith(".pivot_rows")]:
             whole = PIFA(*(shard[f"{name}.{x}"] for x in ("pivot_weight", "coefficients", "pivot_rows")))
-            shard |= module_tensors(name, quantized(whole, factors), None, torch.float32)
+            del shard[f"{name}.pivot_rows"]
+            stored = quantized(whole, factors, factors.pivots(name))
+            shard |= module_tensors(name, stored, None, torch.float32)
         for name in [x for x in shard if x.endswith("_proj.weight")]:
             found = round_to_nearest(shard[name], factors.dtype, 32)
             shard |= {name: found.numbers, f"{name}_scale": found.scale}

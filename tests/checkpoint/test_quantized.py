@@ -19,12 +19,13 @@ Q, UP, K = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.up_proj", f"{LAYER}.self_a
 KINDS = [(4, 8, "int"), (4, 4, "int"), (8, 8, "int"), (8, 8, "float")]
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_opens_verifies_and_stands_for_nearly_the_same_matrices(
-    tmp_path: Path, kind: tuple[int, int, str]
+    tmp_path: Path, kind: tuple[int, int, str], columns: bool
 ) -> None:
     plain = Checkpoint.open(Sample().write(tmp_path / "plain"))
-    found = Checkpoint.open(quantized_sample(*kind).write(tmp_path / "quantized"))
+    found = Checkpoint.open(quantized_sample(*kind, columns=columns).write(tmp_path / "quantized"))
     found.verify()
     assert found.linear[K] == (2, 5)
     bound = 0.3 if 4 in kind else 0.05
@@ -47,8 +48,18 @@ def test_it_is_smaller_and_summarized(tmp_path: Path) -> None:
     assert modules[K].nbytes == 2 * 16 + 2 * 2
 
 
-def test_densify_writes_what_it_stands_for(tmp_path: Path) -> None:
-    directory = quantized_sample().write(tmp_path / "model")
+def test_pivot_columns_take_as_many_numbers(tmp_path: Path) -> None:
+    directories = [quantized_sample(columns=x).write(tmp_path / str(x)) for x in (False, True)]
+    rows, columns = ({x.name: x for x in summarize(Checkpoint.open(path))} for path in directories)
+    assert columns[UP].parameters == rows[UP].parameters
+    # 9 rows of one block, 2 x 3 coefficients, a scale for each row, and indices.
+    assert columns[UP].nbytes == 9 * 16 + 2 * 3 + 2 * (9 + 2) + 4 * 2
+    assert columns[Q] == rows[Q]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_densify_writes_what_it_stands_for(tmp_path: Path, columns: bool) -> None:
+    directory = quantized_sample(columns=columns).write(tmp_path / "model")
     densify(directory, tmp_path / "dense")
     checkpoint, dense = Checkpoint.open(directory), Shards(tmp_path / "dense")
     assert not any("scale" in name for name in dense.entries)
@@ -153,13 +164,67 @@ def test_scales_in_a_checkpoint_of_the_first_version_are_refused(tmp_path: Path,
         Checkpoint.open(sample.write(tmp_path / "model"))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+COLUMN_ATTACKS: dict[str, tuple[Callable[[Sample], None], str]] = {
+    "rows instead": (change(pivot_columns=[]), rf"{UP}\.pivot_weight: expected torch\.uint8 \[2, 16\]"),
+    "rows besides": (
+        put(f"{UP}.pivot_rows", torch.arange(2, dtype=torch.int32)),
+        rf"{UP}\.pivot_rows: expected pivot_columns of this module",
+    ),
+    "columns of a module with rows": (
+        put(f"{Q}.pivot_columns", torch.arange(3, dtype=torch.int32)),
+        rf"{Q}\.pivot_columns: expected pivot_rows of this module",
+    ),
+    "no columns": (drop(f"{UP}.pivot_columns"), rf"tensor {UP}\.pivot_columns is missing"),
+    "wide indices": (
+        put(f"{UP}.pivot_columns", torch.arange(2)),
+        rf"{UP}\.pivot_columns: expected int32 \[2\], found torch\.int64",
+    ),
+    "coefficients of rows": (
+        put(f"{UP}.coefficients", torch.ones(7, 2, dtype=torch.int8)),
+        rf"{UP}\.coefficients: expected torch\.int8 \[2, 3\] .*found torch\.int8 \[7, 2\]",
+    ),
+    "one module of two": (
+        change(pivot_columns=["up_proj"]),
+        "pivot_columns are those of gate_proj and up_proj",
+    ),
+    "another module": (change(pivot_columns=["down_proj"]), r"factors\.pivot_columns\.0"),
+}
+
+
+@pytest.mark.parametrize("attack", COLUMN_ATTACKS)
+def test_what_does_not_go_with_pivot_columns_is_refused(tmp_path: Path, attack: str) -> None:
+    spoil, message = COLUMN_ATTACKS[attack]
+    sample = quantized_sample(columns=True)
+    spoil(sample)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(sample.write(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ([0, 5], r"expected columns in \[0, 5\), found 5"),
+        ([-1, 1], r"expected columns in \[0, 5\), found -1"),
+        ([3, 3], "expected strictly increasing columns, found 3 followed by 3"),
+    ],
+)
+def test_pivot_columns_are_columns(tmp_path: Path, columns: list[int], message: str) -> None:
+    sample = quantized_sample(columns=True)
+    sample.set(f"{UP}.pivot_columns", torch.tensor(columns, dtype=torch.int32))
+    checkpoint = Checkpoint.open(sample.write(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=rf"{UP}\.pivot_columns: {message}"):
+        checkpoint.check_pivots()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", [f"{Q}.pivot_scale", f"{UP}.coefficient_scale", f"{K}.weight_scale"])
-def test_scales_are_finite_and_above_zero(tmp_path: Path, name: str, value: float) -> None:
+def test_scales_are_finite_and_not_zero(tmp_path: Path, name: str, value: float) -> None:
     sample = quantized_sample()
     sample.set(name, sample.get(name).index_fill(0, torch.tensor(1), value))
     checkpoint = Checkpoint.open(sample.write(tmp_path / "model"))
-    with pytest.raises(CheckpointError, match=rf"tensor {name}: expected finite scales above 0, found 1"):
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {name}: expected finite scales other than 0, found 1"
+    ):
         checkpoint.verify()
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pifa_vllm.checkpoint import Checkpoint, check_finite, check_pivot_rows
+from pifa_vllm.checkpoint import Checkpoint, check_finite, check_pivots
 from pifa_vllm.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import pifa_parameters
@@ -257,10 +257,10 @@ def test_a_shard_that_is_cut_off_after_opening_is_refused(tmp_path: Path) -> Non
 def test_exactly_the_increasing_rows_in_range_pass(values: list[int], m: int) -> None:
     good = values == sorted(set(values)) and all(0 <= value < m for value in values)
     if good:
-        check_pivot_rows(rows(*values), len(values), m, "here")
+        check_pivots(rows(*values), len(values), m, "here")
     else:
         with pytest.raises(CheckpointError, match=r"^here: expected"):
-            check_pivot_rows(rows(*values), len(values), m, "here")
+            check_pivots(rows(*values), len(values), m, "here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -5,8 +5,8 @@ import torch
 
 from pifa_vllm.compression.lowrank import regularised
 from pifa_vllm.compression.options import FACTORS
-from pifa_vllm.compression.quantize import quantize_factors, round_matrix
-from pifa_vllm.factorization import factorize
+from pifa_vllm.compression.quantize import quantize_columns, quantize_factors, round_matrix
+from pifa_vllm.factorization import by_columns, factorize
 from pifa_vllm.quantization import DTYPES, QuantizedPIFA, round_to_nearest
 
 KINDS = list(DTYPES.values())
@@ -54,28 +54,30 @@ def test_what_lies_on_the_grid_stays(dtype):
     torch.testing.assert_close(found.values(), (numbers / 64).float(), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("kind", FACTORS.values(), ids=list(FACTORS))
 @pytest.mark.parametrize(
     ("m", "n", "rank"), [(60, 96, 24), (96, 60, 40), (30, 30, 30), (20, 30, 0), (5, 123, 1)]
 )
-def test_factors_of_every_shape(m, n, rank, kind):
+def test_factors_of_every_shape(m, n, rank, kind, columns):
     generator = torch.Generator().manual_seed(3)
     u, v = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, rank), (rank, n)))
-    factors, gram = factorize(u, v), correlated(n)
-    found = quantize_factors(factors, gram, kind)
+    rows, gram = factorize(u, v), correlated(n)
+    factors = by_columns(rows) if columns else rows
+    found = quantize_columns(factors, gram, kind) if columns else quantize_factors(factors, gram, kind)
     assert found.pivot_weight.numbers.dtype == kind.dtype
     assert found.coefficients.numbers.dtype == kind.coefficient_dtype
-    assert torch.equal(found.pivot_rows, factors.pivot_rows)
-    values = found.values()
+    assert torch.equal(found.pivots, factors.pivot_columns if columns else factors.pivot_rows)
+    wanted, values = factors.dense(), found.values().dense()
+    torch.testing.assert_close(wanted, rows.dense())
     assert values.shape == (m, n)
-    wanted = factors.dense()
     rounded = (
         round_to_nearest(factors.pivot_weight.float(), kind.dtype, kind.group),
         round_to_nearest(factors.coefficients.float(), kind.coefficient_dtype, kind.group),
     )
-    plain = QuantizedPIFA(*rounded, factors.pivot_rows).values().dense()
+    plain = QuantizedPIFA(*rounded, found.pivots, columns).values().dense()
     if rank > 1:
-        assert error(wanted, values.dense(), gram) < 0.7 * error(wanted, plain, gram)
+        assert error(wanted, values, gram) < 0.7 * error(wanted, plain, gram)
 
 
 def test_a_metric_of_few_tokens_is_enough():

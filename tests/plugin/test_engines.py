@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pifa_vllm.checkpoint import FactorFormat
+from pifa_vllm.compression.options import FACTORS
 from tests.edit import copy_edited
 from tests.pifa_tiny import save_pifa_twin
 from tests.tiny import save_tiny_model
@@ -25,8 +26,8 @@ TOKENS = 12
 TIE = 1e-3
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 QUANTIZED = {
-    "int8": FactorFormat(bits=8, coefficient_bits=8, group_size=64),
-    "int4": FactorFormat(bits=4, coefficient_bits=8, group_size=32),
+    "int8": FactorFormat(bits=8, coefficient_bits=8, group_size=64),  # with pivot rows only
+    "int4": FACTORS["int4"],
 }
 
 

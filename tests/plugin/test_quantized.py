@@ -9,6 +9,7 @@ from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.plugin.column import ColumnLayout
 from pifa_vllm.plugin.layout import Parameters, Shard, WholeLayout
+from pifa_vllm.plugin.pivot_columns import PivotColumnsLayout
 from pifa_vllm.plugin.row import RowLayout
 from pifa_vllm.quantization import round_to_nearest
 from tests.pifa_tiny import quantized
@@ -25,7 +26,7 @@ KINDS = {
 ROUNDING = {"rtol": 1e-3, "atol": 2e-3}
 
 
-def make_module(m, n, rank, kind, seed):
+def make_module(m, n, rank, kind, seed, pivots="pivot_rows"):
     """A module's tensors in the checkpoint, and the matrix that they stand for."""
     generator = torch.Generator().manual_seed(seed)
     if rank is None:
@@ -34,13 +35,13 @@ def make_module(m, n, rank, kind, seed):
     rows = torch.randperm(m, generator=generator)[:rank].sort().values.int()
     weight = torch.randn(rank, n, generator=generator)
     coefficients = torch.randn(m - rank, rank, generator=generator) / max(rank, 1) ** 0.5
-    found = quantized(PIFA(weight, coefficients, rows), kind)
+    found = quantized(PIFA(weight, coefficients, rows), kind, pivots)
     tensors = {
         "pivot_weight": found.pivot_weight.numbers,
         "pivot_scale": found.pivot_weight.scale,
         "coefficients": found.coefficients.numbers,
         "coefficient_scale": found.coefficients.scale,
-        "pivot_rows": rows,
+        pivots: found.pivots,
     }
     return tensors, found.values().dense()
 
@@ -51,23 +52,31 @@ def make_shards(sizes, ranks, kind):
     return shards, [tensors for tensors, _ in made], [matrix for _, matrix in made]
 
 
+def make_columns(sizes, ranks, kind):
+    kind = kind.model_copy(update={"pivot_columns": ["gate_proj", "up_proj"]})
+    names, modules = ("gate_proj", "up_proj"), []
+    shards = [Shard(x, r, m, N, kind) for x, m, r in zip(names, sizes, ranks, strict=True)]
+    modules = [make_module(s.m, N, s.rank, kind, i, "pivot_columns") for i, s in enumerate(shards)]
+    return shards, [tensors for tensors, _ in modules], [matrix for _, matrix in modules]
+
+
 def fill(layout, modules):
     """Allocate a rank's parameters and load them."""
     first, allocated = layout.shards[0], {}
     for name, shape in layout.shapes().items():
         dtype = torch.int32 if name == "rows" else first.dtype(name, torch.float32)
         allocated[name] = torch.zeros(shape, dtype=torch.uint8).to(dtype)
-    parameters, pivot_rows = Parameters(**allocated, group_size=first.kind.group), []
+    parameters, pivots = Parameters(**allocated, group_size=first.kind.group), []
     for index, (shard, tensors) in enumerate(zip(layout.shards, modules, strict=True)):
         assert set(shard.suffixes) == set(tensors)
-        for suffix in set(shard.suffixes) - {"pivot_rows"}:
+        for suffix in set(shard.suffixes) - {shard.pivots_name}:
             assert list(tensors[suffix].shape) == shard.shape(suffix)
             part, cut = layout.part(index, suffix, parameters), layout.cut(index, suffix, tensors[suffix])
             assert part.shape == cut.shape
             assert part.dtype == cut.dtype
             part.copy_(cut)
-        pivot_rows.append(tensors.get("pivot_rows", torch.arange(shard.m)))
-    parameters.rows.copy_(layout.rows(pivot_rows))
+        pivots.append(tensors.get(shard.pivots_name, torch.arange(shard.size)))
+    parameters.rows.copy_(layout.rows(pivots))
     return parameters
 
 
@@ -101,6 +110,22 @@ def test_column_ranks_compute_the_layer(ranks, tp_size, kind):
         wanted = [x @ w[begin:end].T for w, (begin, end) in zip(matrices, outputs, strict=True)]
         y = layout.finish(parameters, y_p, kept, None)
         torch.testing.assert_close(y, torch.cat(wanted, -1), **ROUNDING)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [(45, 16), (33, None), (None, 5), (0, 1), (64, 32)])
+def test_ranks_with_pivot_columns_compute_the_layer(ranks, tp_size, kind):
+    sizes = (64, 32)
+    shards, modules, matrices = make_columns(sizes, ranks, kind)
+    x, bias = torch.randn(2, 3, N), torch.randn(sum(sizes))
+    for i in range(tp_size):
+        outputs = [(i * m // tp_size, (i + 1) * m // tp_size) for m in sizes]
+        layout = PivotColumnsLayout(shards, outputs)
+        own = torch.cat([b[slice(*edges)] for b, edges in zip(bias.split(sizes), outputs, strict=True)])
+        y = layout.apply(fill(layout, modules), x, own)
+        wanted = [x @ w[slice(*edges)].T for w, edges in zip(matrices, outputs, strict=True)]
+        torch.testing.assert_close(y, torch.cat(wanted, -1) + own, **ROUNDING)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
