@@ -165,24 +165,39 @@ def _cuda(
     ranks: Sequence[int],
     out_features: Sequence[int],
     bias: Tensor | None,
-    *scales: Any,
+    pivot_scale: Tensor | None = None,
+    coefficient_scale: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
-    arguments = (x, pivot_weight, coefficients, out_rows, ranks, out_features, bias)
-    check_arguments(*arguments, *scales)
-    if pivot_weight.dtype != x.dtype:
-        return pifa_linear_reference(*arguments, *scales)
-    if out_rows is None and coefficients.numel() == 0:
-        return linear(x, pivot_weight, bias)  # a dense matrix
-    if out_rows is None:
+    scales = (pivot_scale, coefficient_scale, group_size)
+    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *scales)
+    if out_rows is None and coefficients.numel():
         raise ValueError("pifa::linear: out_rows: expected on GPUs wherever a rank is below m, found None.")
+    if out_rows is None and pivot_scale is None:
+        return linear(x, pivot_weight, bias)  # a dense matrix
+    outputs = sum(out_features)
     flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, n]
-    if flat.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], out_rows.shape[0]))
+    if flat.shape[0] == 0 or outputs == 0:
+        return x.new_empty((*x.shape[:-1], outputs))
     # Not at the top: Triton is imported where a GPU is used.
-    from pifa_vllm.ops.triton import linear_cuda
+    from pifa_vllm.ops.triton import linear_cuda, quantized_cuda
 
-    y = linear_cuda(flat, pivot_weight, coefficients, out_rows, list(ranks), list(out_features), bias)
-    return y.view(*x.shape[:-1], out_rows.shape[0])
+    sizes = list(ranks), list(out_features)
+    if pivot_scale is not None and coefficient_scale is not None:
+        y = quantized_cuda(
+            flat,
+            pivot_weight,
+            coefficients,
+            out_rows,
+            *sizes,
+            bias,
+            pivot_scale,
+            coefficient_scale,
+            group_size,
+        )
+    elif out_rows is not None:
+        y = linear_cuda(flat, pivot_weight, coefficients, out_rows, *sizes, bias)
+    return y.view(*x.shape[:-1], outputs)
 
 
 def _fake(

@@ -21,10 +21,12 @@ from pifa_vllm.bench.gpu.cost_model import DENSITIES, TOKENS, layer_ranks
 from pifa_vllm.bench.gpu.layers import capture, layer_times
 from pifa_vllm.bench.shapes import SHAPES
 from pifa_vllm.checkpoint.atomic import replace_text
+from pifa_vllm.compression.options import FACTORS
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import pifa_rank
 from pifa_vllm.ops import pifa_linear
 from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.quantization import round_to_nearest
 
 # Relative to the largest output, against float64 on the rounded factors; y_p is rounded in between.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -59,7 +61,7 @@ def gpu_check(output: Path, *, seconds: float = 420.0, say: Callable[[str], None
     if not torch.cuda.is_available():
         raise PifaError("make gpu-check: expected a GPU that torch can use, found none.")
     start = time.monotonic()
-    checked = check_values("cuda") + check_graph() + check_compile("cuda")
+    checked = check_values("cuda") + check_quantized("cuda") + check_graph() + check_compile("cuda")
     say(f"{checked} outputs are right ({time.monotonic() - start:.0f} s)")
     name = torch.cuda.get_device_name()
     rows = []
@@ -124,6 +126,38 @@ def check_values(device: str) -> int:
     finally:
         torch.use_deterministic_algorithms(deterministic)
     return checked
+
+
+def check_quantized(device: str) -> int:
+    """Compare quantized factors of every kind with what they stand for; returns how many outputs were compared.
+
+    Raises:
+        PifaError: naming the first case that is wrong.
+    """
+    cases = [
+        *itertools.product(ODD_SHAPES, (torch.bfloat16,), FACTORS.items(), TOKENS_TO_CHECK),
+        *itertools.product(REAL_SHAPES, TOLERANCE, FACTORS.items(), TOKENS_TO_CHECK),
+    ]
+    for (ranks, sizes, n), dtype, (name, kind), tokens in cases:
+        pivot_weight, flat, out_rows = random_factors(ranks, sizes, n, torch.float32, device)
+        rest = [(m - r, r) for r, m in zip(ranks, sizes, strict=True)]
+        matrices = torch.split(flat, [rows * r for rows, r in rest])
+        pivots = round_to_nearest(pivot_weight, kind.dtype, kind.group)
+        others = [
+            round_to_nearest(matrix.view(shape), kind.coefficient_dtype, kind.group)
+            for matrix, shape in zip(matrices, rest, strict=True)
+        ]
+        x = torch.randn(tokens, n, device=device).to(dtype)
+        bias = torch.randn(sum(sizes), device=device).to(dtype) if tokens % 2 else None
+        numbers, scales = (
+            torch.cat([getattr(matrix, part).flatten() for matrix in others]) for part in ("numbers", "scale")
+        )
+        values = torch.cat([matrix.values().flatten() for matrix in others])
+        expected = _float64(x, pivots.values(), values, out_rows, ranks, sizes, bias)
+        factors = (pivots.numbers, numbers, out_rows, ranks, sizes, bias, pivots.scale, scales, kind.group)
+        y = pifa_linear(x, *factors)
+        _compare(y, expected, f"{name}, ranks {ranks}, out_features {sizes}, n {n}, {tokens} tokens")
+    return len(cases)
 
 
 def check_graph() -> int:

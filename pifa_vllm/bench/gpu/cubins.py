@@ -24,9 +24,19 @@ from triton.compiler import ASTSource
 
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
-from pifa_vllm.ops.triton import configs, decode, partials, prefill, shards
+from pifa_vllm.ops.triton import configs, decode, partials, prefill, quantized, shards
 
-_MODULES = {"decode": decode, "partials": partials, "prefill": prefill}
+_MODULES = {"decode": decode, "partials": partials, "prefill": prefill, "quantized": quantized}
+# What `--factors` makes: the kernel, the kind of its numbers, and how many share a scale.
+QUANTIZED = (
+    ("pivot_kernel", "int8", 128),
+    ("pivot_kernel", "int8", 32),
+    ("pivot_kernel", "int4", 32),
+    ("pivot_kernel", "fp8", 0),
+    ("output_kernel", "int8", 128),
+    ("output_kernel", "int8", 32),
+    ("output_kernel", "fp8", 0),
+)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -111,6 +121,15 @@ def variants(family: str, dtype: str) -> Iterator[Variant]:
             split = {"SPLIT": splits > 1} if kernel == "pivot_kernel" else {}
             shape = (wide.tokens, wide.rows, wide.k, splits)
             yield Variant(family, dtype, "prefill", kernel, *shape, options | split)
+    for (tokens, tile), (kernel, kind, group) in itertools.product(
+        configs.QUANTIZED[bits].items(), QUANTIZED
+    ):
+        rounded = configs.QuantizedPlan(tokens, tile, tile, precision=device.precision)
+        options = quantized.options(rounded, tile, kind, group)
+        for splits in (1, 2) if kernel == "pivot_kernel" else (1,):
+            split = {"SPLIT": splits > 1} if kernel == "pivot_kernel" else {}
+            shape = (tokens, tile.rows, tile.k, splits)
+            yield Variant(family, dtype, "quantized", kernel, *shape, options | split)
     for splits, overlap in itertools.product(configs.SPLITS[1:], sorted({False, device.overlap})):
         options = partials.sum_options(splits, overlap=overlap)
         shape = (options["BLOCK_T"], options["BLOCK_P"], 1, splits)
@@ -161,7 +180,7 @@ def complaints(variant: Variant, figures: Figures) -> list[str]:
 def source_hash() -> str:
     """Hash what the figures depend on: the kernels' source and their tables."""
     digest = hashlib.sha256()
-    for module in (configs, decode, partials, prefill, shards):
+    for module in (configs, decode, partials, prefill, quantized, shards):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -225,7 +244,15 @@ def source_of(kernel: Any, variant: Variant) -> tuple[ASTSource, dict[str, Any]]
     options = {name: value for name, value in variant.options.items() if name not in constants}
     number = "*" + DTYPES[variant.dtype]
     pointers = dict.fromkeys(("x", "pivot_weight", "coefficients", "bias", "y", "y_p"), number)
-    pointers |= {"partials": "*fp32", "out_rows": "*i32"}
+    pointers |= {
+        "partials": "*fp32",
+        "out_rows": "*i32",
+        "pivot_scale": "*fp16",
+        "coefficient_scale": "*fp16",
+    }
+    if variant.module == "quantized":
+        stored = "*u8" if variant.options["KIND"] == "int4" else "*i8"
+        pointers |= {"pivot_weight": stored, "coefficients": stored}
     # Where n was split, y_p stands for its float32 parts, except for the kernel that sums them.
     if variant.splits > 1 and variant.module != "partials":
         pointers["y_p"] = "*fp32"
@@ -235,7 +262,7 @@ def source_of(kernel: Any, variant: Variant) -> tuple[ASTSource, dict[str, Any]]
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("ranks", "out_features"):
+        elif name in ("ranks", "out_features", "widths", "scale_widths"):
             signature[name] = ("i32",) * 3
             attributes |= {(i, shard): aligned for shard in range(3)}
         else:

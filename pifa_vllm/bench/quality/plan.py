@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pifa_vllm.errors import PifaError
+from pifa_vllm.quantization import GROUP_SIZES
 
 Scalar = bool | int | float | str
 DENSE = "dense"
@@ -71,6 +72,11 @@ class Variant(_Part):
         if len(given) != 1:
             raise ValueError(
                 f"expected one of compress, directory and rival, found {' and '.join(given) or 'none'}"
+            )
+        if self.rival == "gptq" and (self.bits not in (4, 8) or self.group not in GROUP_SIZES):
+            raise ValueError(
+                f"gptq: expected 4 or 8 bits in groups of {', '.join(map(str, GROUP_SIZES))}, found {self.bits} "
+                f"in groups of {self.group}"
             )
         return self
 

@@ -1,23 +1,25 @@
 """What else a dense model can be made into at the same cost: fewer bits, or two of every four weights.
 
 Each is written as an ordinary dense checkpoint that holds the values which such a format stands for. They are the
-published methods in their plain form; one thing differs: the inputs that GPTQ, SparseGPT and Wanda look at are the
-dense model's in every layer, so that one pass collects them all, where their authors take those of the model as
-far as it is compressed.
+published methods in their plain form, but for GPTQ, which is what this package quantizes dense modules with. The
+inputs that GPTQ, SparseGPT and Wanda look at are those of the model as far as it is compressed, layer by layer.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pifa_vllm.checkpoint import CheckpointWriter, Shards, load_tokenizer, read_json
+from pifa_vllm.checkpoint import CheckpointWriter, FactorFormat, Shards, load_tokenizer, read_json
 from pifa_vllm.checkpoint.summary import dense_weights
 from pifa_vllm.compression.calibration.samples import load_samples
+from pifa_vllm.compression.quantize import round_matrix
 from pifa_vllm.loading import load
 
 # A weight [m, n] and the Gram matrix [n, n] of its inputs, to the weight in its place.
@@ -41,19 +43,8 @@ def wanda(weight: Tensor, gram: Tensor | None) -> Tensor:
 
 def gptq(bits: int, group: int) -> Change:
     """Round column by column, each column's error made good by those after it (arXiv 2210.17323)."""
-
-    def change(weight: Tensor, gram: Tensor | None) -> Tensor:
-        scales = weight
-
-        def settle(column: int, rest: Tensor, _: Tensor) -> Tensor:
-            nonlocal scales
-            if column % group == 0:  # of the group's weights as they are by now
-                scales = _scales(rest[:, :group], bits, group)
-            return _rounded(rest[:, 0], scales[:, 0], bits)
-
-        return _by_columns(weight, _known(gram), settle)
-
-    return change
+    kind = FactorFormat.model_validate({"bits": bits, "coefficient_bits": bits, "group_size": group})
+    return lambda weight, gram: round_matrix(weight, _known(gram), kind.dtype, group).values()
 
 
 def sparsegpt(weight: Tensor, gram: Tensor | None) -> Tensor:
@@ -87,7 +78,7 @@ def make_rival(
     """
     shards = Shards(dense)
     linear = {name for name, _ in dense_weights(shards)}
-    grams = {} if calibration is None else _grams(dense, linear, calibration, seed)
+    changed = {} if calibration is None else _changed(dense, linear, change, calibration, seed)
     staging = output.with_name(f".{output.name}.rival")
     shutil.rmtree(staging, ignore_errors=True)
     files: dict[str, list[str]] = {}
@@ -99,16 +90,23 @@ def make_rival(
         for file, names in files.items():
             tensors = {name: shards.load(name) for name in names}
             for name in sorted(linear.intersection(names)):
-                tensors[name] = change(tensors[name].float(), grams.get(name)).to(tensors[name].dtype)
+                new = changed[name] if changed else change(tensors[name].float(), None)
+                tensors[name] = new.to(tensors[name].dtype)
             writer.write_shard(file, tensors)
         writer.publish(read_json(dense / "config.json"), None)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+class _Reached(Exception):  # noqa: N818  # no error
+    """The inputs of the first layer are known."""
+
+
 @torch.inference_mode()
-def _grams(dense: Path, linear: set[str], calibration: Mapping[str, object], seed: int) -> dict[str, Tensor]:
-    """The mean of x xᵀ of the inputs of each weight in `linear`, float32 [n, n]."""
+def _changed(
+    dense: Path, linear: set[str], change: Change, calibration: Mapping[str, object], seed: int
+) -> dict[str, Tensor]:
+    """Change the weights in `linear` layer by layer, each by the inputs that the layers before now give it."""
     samples = load_samples(
         str(calibration.get("calibration", "self")),
         load_tokenizer(dense),
@@ -118,20 +116,46 @@ def _grams(dense: Path, linear: set[str], calibration: Mapping[str, object], see
         model_dir=dense,
     )
     model = load(dense)
-    grams: dict[str, Tensor] = {}
+    layers = model.base_model.layers
+    entering: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: object, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2).float()
-            grams[name] = grams.get(name, 0.0) + x.T @ x / samples.tokens.numel()
+    def reached(_: object, inputs: tuple[Tensor, ...], others: dict[str, Any]) -> None:
+        entering.append((inputs[0], others))
+        raise _Reached
 
-        return hook
-
-    for name, module in model.named_modules():
-        if f"{name}.weight" in linear:
-            module.register_forward_pre_hook(watch(f"{name}.weight"))
+    hook = layers[0].register_forward_pre_hook(reached, with_kwargs=True)
     for tokens in samples.tokens:
-        model.base_model(input_ids=tokens[None], use_cache=False)
+        with suppress(_Reached):
+            model.base_model(input_ids=tokens[None], use_cache=False)
+    hook.remove()
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    for layer in layers:
+        modules = [module for module in layer.modules() if names[module] in linear]
+        grams = _grams(layer, modules, entering, samples.tokens.numel())
+        for module in modules:
+            module.weight.copy_(change(module.weight.float(), grams[module]))
+        entering = [(layer(hidden, **others), others) for hidden, others in entering]
+    return {name: module.weight.clone() for module, name in names.items() if name in linear}
+
+
+def _grams(
+    layer: nn.Module,
+    modules: Sequence[nn.Module],
+    entering: Sequence[tuple[Tensor, dict[str, Any]]],
+    tokens: int,
+) -> dict[nn.Module, Tensor]:
+    """The mean of x xᵀ of the inputs of each module, float32 [n, n]."""
+    grams: dict[nn.Module, Tensor] = {}
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        grams[module] = grams.get(module, 0.0) + x.T @ x / tokens
+
+    hooks = [module.register_forward_pre_hook(watch) for module in modules]
+    for hidden, others in entering:
+        layer(hidden, **others)
+    for hook in hooks:
+        hook.remove()
     return grams
 
 

@@ -89,6 +89,17 @@ class DecodePlan:
 
 
 @dataclass(frozen=True)
+class QuantizedPlan:
+    """The launches of `quantized`: tokens of a tile, the tiles of the two, the splits of n in the first."""
+
+    block_tokens: int
+    pivots: Tile
+    outputs: Tile
+    splits: int = 1
+    precision: str = "tf32x3"
+
+
+@dataclass(frozen=True)
 class PrefillTile:
     """A prefill program's tile: `tokens` by `rows` outputs, `k` inputs at a time.
 
@@ -128,6 +139,12 @@ DECODE: dict[int, dict[int, tuple[Tile, Tile]]] = {
         32: (Tile(32, 32, 4, 5), Tile(16, 64, 4, 5)),
         64: (Tile(64, 32, 4, 4), Tile(32, 32, 4, 4)),
     },
+}
+
+# Of quantized factors: bits of the activations, then tokens of a tile.
+QUANTIZED: dict[int, dict[int, Tile]] = {
+    16: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3), 128: Tile(128, 64, 8, 3)},
+    32: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 3), 64: Tile(64, 32, 8, 3), 128: Tile(128, 32, 8, 2)},
 }
 
 _WIDE = PrefillTile(128, 256, 64, 8, 3, 0.75)
@@ -204,6 +221,16 @@ def plan_prefill(
     )
     second = min(tiles, key=lambda tile: time(tile, count_tiles(ranks, out_features, tile.rows), max(ranks)))
     return PrefillPlan(first, second, splits, device.precision)
+
+
+def plan_quantized(device: Device, bits: int, tokens: int, n: int, ranks: Sequence[int]) -> QuantizedPlan:
+    """Choose the tiles by the token count, and for few tokens split n until the pivot rows fill the device."""
+    table = QUANTIZED[bits]
+    block_tokens = next((size for size in table if tokens <= size), max(table))
+    tile = table[block_tokens]
+    programs = triton.cdiv(sum(ranks), tile.rows) * triton.cdiv(tokens, block_tokens)
+    enough = (s for s in SPLITS if s * programs >= device.multiprocessors or 4 * s > triton.cdiv(n, tile.k))
+    return QuantizedPlan(block_tokens, tile, tile, next(enough, SPLITS[-1]), device.precision)
 
 
 def _family(major: int, minor: int) -> str:

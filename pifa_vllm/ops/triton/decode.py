@@ -188,7 +188,7 @@ def output_kernel(
     tile = tl.program_id(0)
     token = tl.arange(0, BLOCK_T)
     if tile < tiles:
-        first, rows, rank, pivot, stacked, offset = locate(tile, ranks, out_features, BLOCK_M)
+        first, rows, rank, pivot, stacked, _, offset = locate(tile, ranks, out_features, ranks, BLOCK_M)
         if OVERLAP:
             if rank > 0:
                 start = coefficients + offset

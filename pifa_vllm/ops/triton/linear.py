@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pifa_vllm.ops.triton.configs import DECODE_TOKENS, describe, plan_decode, plan_prefill
+from pifa_vllm.ops.triton.configs import (
+    DECODE_TOKENS,
+    describe,
+    plan_decode,
+    plan_prefill,
+    plan_quantized,
+)
 from pifa_vllm.ops.triton.decode import decode
 from pifa_vllm.ops.triton.prefill import prefill
+from pifa_vllm.ops.triton.quantized import quantized
 
 
 def linear_cuda(
@@ -52,3 +59,25 @@ def linear_cuda(
             return decode(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, plan)
         tiles = plan_prefill(device, bits, tokens, n, ranks, out_features)
         return prefill(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, tiles)
+
+
+def quantized_cuda(
+    x: Tensor,
+    pivot_weight: Tensor,
+    coefficients: Tensor,
+    out_rows: Tensor | None,
+    ranks: Sequence[int],
+    out_features: Sequence[int],
+    bias: Tensor | None,
+    pivot_scale: Tensor,
+    coefficient_scale: Tensor,
+    group_size: int,
+) -> Tensor:
+    """Compute the same with quantized factors, see `pifa_linear` for them; it checks nothing, either."""
+    tokens, n = x.shape
+    plan = plan_quantized(describe(x.get_device()), 8 * x.element_size(), tokens, n, ranks)
+    with torch.cuda.device(x.get_device()):
+        return quantized(
+            x, pivot_weight, coefficients, out_rows, ranks, out_features, bias,
+            pivot_scale, coefficient_scale, group_size, plan,
+        )  # fmt: skip

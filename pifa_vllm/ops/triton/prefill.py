@@ -160,7 +160,7 @@ def output_kernel(
 ) -> None:
     """Write y for a tile of remaining rows of one shard: y_p Cᵀ in their columns."""
     tile, token_tile = _order(tiles, tl.cdiv(tokens, BLOCK_T), GROUP)
-    first, rows, rank, pivot, stacked, offset = locate(tile, ranks, out_features, BLOCK_M)
+    first, rows, rank, pivot, stacked, _, offset = locate(tile, ranks, out_features, ranks, BLOCK_M)
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     row = first + tl.arange(0, BLOCK_M)
     sums = _product(

@@ -14,19 +14,23 @@ def count_tiles(ranks: Sequence[int], out_features: Sequence[int], block: int) -
 
 
 @triton.jit
-def locate(tile: tl.tensor, ranks: tl.tuple, out_features: tl.tuple, BLOCK: tl.constexpr) -> tl.tensor:
+def locate(
+    tile: tl.tensor, ranks: tl.tuple, out_features: tl.tuple, widths: tl.tuple, BLOCK: tl.constexpr
+) -> tl.tensor:
     """Find the shard that a tile of BLOCK remaining rows belongs to.
 
     Args:
         tile: index among the tiles of all shards, in [0, `count_tiles`).
         ranks: r_i per shard.
         out_features: m_i per shard.
+        widths: elements that a row of the shard's matrix takes: r_i, unless numbers are packed.
         BLOCK: rows per tile.
 
     Returns:
-        (first, rows, rank, pivot, stacked, offset): the tile's first row within its shard; the shard's remaining
-        rows and its rank; the index of its first pivot row among all pivot rows, of its first remaining row in
-        the stacked order, and of its first number in the flat coefficients (int64).
+        (first, rows, rank, pivot, stacked, width, offset): the tile's first row within its shard; the shard's
+        remaining rows and its rank; the index of its first pivot row among all pivot rows, and of its first
+        remaining row in the stacked order; its width, and the index of its first element in the flat matrices
+        (int64).
     """
     pivots = tl.full((), 0, tl.int32)
     for i in tl.static_range(len(ranks)):
@@ -37,6 +41,7 @@ def locate(tile: tl.tensor, ranks: tl.tuple, out_features: tl.tuple, BLOCK: tl.c
     first = tile * BLOCK
     pivot = tl.full((), 0, tl.int32)
     stacked = pivots
+    width = tl.full((), widths[0], tl.int32)
     offset = tl.full((), 0, tl.int64)
     for i in tl.static_range(1, len(ranks)):
         padded = tl.cdiv(rows, BLOCK) * BLOCK
@@ -44,7 +49,8 @@ def locate(tile: tl.tensor, ranks: tl.tuple, out_features: tl.tuple, BLOCK: tl.c
         first = tl.where(behind, first - padded, first)
         pivot = tl.where(behind, pivot + rank, pivot)
         stacked = tl.where(behind, stacked + rows, stacked)
-        offset = tl.where(behind, offset + rows.to(tl.int64) * rank, offset)
+        offset = tl.where(behind, offset + rows.to(tl.int64) * width, offset)
+        width = tl.where(behind, widths[i], width)
         rank = tl.where(behind, ranks[i], rank)
         rows = tl.where(behind, out_features[i] - ranks[i], rows)
-    return first, rows, rank, pivot, stacked, offset
+    return first, rows, rank, pivot, stacked, width, offset

@@ -21,6 +21,12 @@ def test_values_are_compared(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_quantized_values_are_compared(monkeypatch):
+    monkeypatch.setattr(check, "REAL_SHAPES", (((48, 16), (96, 40), 64),))
+    shapes = 3 * (len(check.ODD_SHAPES) + len(check.TOLERANCE))
+    assert check.check_quantized("cpu") == shapes * len(check.TOKENS_TO_CHECK)
+
+
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
 def test_a_wrong_value_is_named(monkeypatch, wrong):
     right = check.pifa_linear

@@ -28,7 +28,7 @@ def test_rows_are_measured_and_kept(
         "against": "mpifa",
         "variants": {
             "mpifa": {"compress": {"method": "mpifa"}},
-            "int6": {"rival": "gptq", "bits": 6},
+            "int4": {"rival": "gptq", "bits": 4},
             "twin": {"directory": str(twins.pifa)},
         },
     }
@@ -36,19 +36,19 @@ def test_rows_are_measured_and_kept(
     path.write_text(yaml.safe_dump(plan))
     output = tmp_path / "out.json"
     command = ["bench", "quality", str(path), "--output", str(output), "--work-dir", str(tmp_path / "runs")]
-    assert main([*command, "--only", "int6,twin"]) == 0
+    assert main([*command, "--only", "int4,twin"]) == 0
     capsys.readouterr()
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert [json.loads(x)["variant"] for x in err.splitlines() if x.startswith('{"variant')] == ["mpifa"]
     results = json.loads(output.read_text())
-    dense, twin, int6, mpifa = sorted(
-        results["rows"], key=lambda r: "dense twin int6 mpifa".find(r["variant"])
+    dense, twin, int4, mpifa = sorted(
+        results["rows"], key=lambda r: "dense twin int4 mpifa".find(r["variant"])
     )
     expected = perplexity(twins.pifa, text.read_text(), seqlen=64, max_windows=3).window_nlls
     assert twin["windows"]["nll"] == pytest.approx(expected, rel=1e-6)
     assert dense["windows"]["kl"] == [0.0] * 3
-    assert 0.0 < max(int6["windows"]["kl"]) < min(twin["windows"]["kl"])
+    assert 0.0 < max(int4["windows"]["kl"]) < min(twin["windows"]["kl"])
     assert (mpifa["density"], mpifa["seed"]) == (0.7, 0)
     assert mpifa["kept_density"] <= 0.7
     assert mpifa["cpu_seconds"] > 0
@@ -60,7 +60,7 @@ def test_rows_are_measured_and_kept(
     assert main(command) == 0
     assert capsys.readouterr() == (out, "")
     # What is of other options by now is measured anew.
-    plan["variants"]["int6"]["bits"] = 8
+    plan["variants"]["int4"]["bits"] = 8
     path.write_text(yaml.safe_dump(plan))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         main(command)
@@ -76,7 +76,7 @@ def test_rows_are_measured_and_kept(
 
     # A further text is measured beside what is there.
     monkeypatch.undo()
-    plan["variants"]["int6"]["bits"] = 6
+    plan["variants"]["int4"]["bits"] = 4
     path.write_text(yaml.safe_dump({**plan, "texts": {"b": str(other)}}))
     assert main(command) == 0
     out, err = capsys.readouterr()

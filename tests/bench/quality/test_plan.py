@@ -61,6 +61,7 @@ def test_options_as_a_command_line_has_them() -> None:
         ("densities: [0.8, 0.5]", "densities: [0.8, 1.5]", r"expected numbers in \(0, 1\], found 1.5"),
         ("rival: round", "rival: magic", "variants.int4.rival: Input should be 'round', .* found 'magic'"),
         ("{rival: round, bits: 4}", "{bits: 4}", "expected one of compress, directory and rival, found none"),
+        ("rival: round, bits: 4", "rival: gptq, bits: 6", "gptq: expected 4 or 8 bits in .* found 6 in"),
         ("rival: round", "rival: round, directory: x", "found directory and rival"),
         ("  int4:", "  dense:", "'dense' is the dense model's own row"),
         ("model: dense", "against: theirs\nmodel: dense", "expected one of the variants, found 'theirs'"),

@@ -11,9 +11,12 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from pifa_vllm.ops.triton.configs import DecodePlan, PrefillPlan, PrefillTile, Tile
+from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.ops.triton.configs import DecodePlan, PrefillPlan, PrefillTile, QuantizedPlan, Tile
 from pifa_vllm.ops.triton.decode import decode
 from pifa_vllm.ops.triton.prefill import prefill
+from pifa_vllm.ops.triton.quantized import quantized
+from pifa_vllm.quantization import round_to_nearest
 
 # Relative to the largest output; the reference is float64 on the rounded factors, y_p is rounded in between.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -151,3 +154,92 @@ def test_every_output_has_its_own_place():
     stacked = torch.cat([args[0], args[0][:, [0, 1]], args[0][:, [4, 3, 4, 3]]], dim=1)
     for y in (decode(*args, decode_plan(2)), prefill(*args, prefill_plan(2))):
         assert torch.equal(y[:, args[3].long()], stacked)
+
+
+# (dtype of the pivot rows, of the coefficients, numbers that share a scale)
+KINDS = [
+    (torch.int8, torch.int8, 0),
+    (torch.int8, torch.int8, 64),
+    (torch.uint8, torch.int8, 32),
+    (torch.uint8, torch.uint8, 0),
+    (torch.uint8, torch.uint8, 256),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn, 0),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn, 128),
+]
+
+
+def quantized_arguments(kind, *shape):
+    """Arguments of `quantized`, and float64 outputs of what the quantized factors stand for."""
+    of_pivots, of_rest, group = kind
+    x, pivot_weight, coefficients, out_rows, ranks, out_features, bias = arguments(*shape)
+    sizes = [(m - r) * r for r, m in zip(ranks, out_features, strict=True)]
+    matrices = [
+        c.view(m - r, r) for c, r, m in zip(coefficients.split(sizes), ranks, out_features, strict=True)
+    ]
+    pivots = round_to_nearest(pivot_weight.float(), of_pivots, group)
+    rest = [round_to_nearest(matrix.float(), of_rest, group) for matrix in matrices]
+    numbers, scales = (torch.cat([getattr(c, part).flatten() for c in rest]) for part in ("numbers", "scale"))
+    values = torch.cat([c.values().flatten() for c in rest])
+    factors = (pivots.values().double(), values.double(), out_rows, ranks, out_features)
+    wanted = pifa_linear_reference(x.double(), *factors, None if bias is None else bias.double())
+    found = (x, pivots.numbers, numbers, out_rows, ranks, out_features, bias, pivots.scale, scales, group)
+    return found, wanted
+
+
+def quantized_plan(tokens, splits=1, rows=32, k=128):
+    tile = Tile(rows, k, 4, 2)
+    return QuantizedPlan(1 if tokens == 1 else 16 if tokens <= 16 else 64, tile, tile, splits)
+
+
+def check_quantized(y, wanted, dtype):
+    assert y.dtype == dtype
+    assert y.shape == wanted.shape
+    error = (y.double() - wanted).abs().max() if y.numel() else torch.zeros(())
+    assert error <= TOLERANCE[dtype] * max(float(wanted.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_factors(kind, tokens):
+    for ranks, out_features, n in [ONE[-1], *SEVERAL] if tokens < 123 else SEVERAL[2:4]:
+        for with_bias, splits in ((True, 1), (False, 2)):
+            args, wanted = quantized_arguments(kind, tokens, n, ranks, out_features, with_bias, torch.float32)
+            check_quantized(quantized(*args, quantized_plan(tokens, splits)), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_factors_of_16_bit_activations(kind, tokens, dtype):
+    for splits in (1, 4):
+        args, wanted = quantized_arguments(kind, tokens, 300, (32, 17), (123, 64), True, dtype)
+        check_quantized(quantized(*args, quantized_plan(tokens, splits)), wanted, dtype)
+
+
+@pytest.mark.parametrize("k", [32, 64, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_longer_and_shorter_than_a_tile(kind, k):
+    for tokens in (1, 5):
+        args, wanted = quantized_arguments(kind, tokens, 600, (40,), (90,), True, torch.float32)
+        check_quantized(quantized(*args, quantized_plan(tokens, 1, 16, k)), wanted, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_quantized_matrix_comes_out_in_order(kind, tokens):
+    for m, n in ((1, 1), (5, 123), (123, 40)):
+        args, _ = quantized_arguments(kind, tokens, n, (m,), (m,), True, torch.float32)
+        args = (*args[:3], None, *args[4:])
+        wanted = pifa_linear_reference(*args)
+        # Two splits are for where the pivot rows have columns of their own; here the plan's are not taken.
+        check_quantized(quantized(*args, quantized_plan(tokens, 2)), wanted.double(), torch.float32)
+
+
+def test_every_8_bit_float_is_read_as_it_is():
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[torch.isfinite(numbers.float())]
+    args = (
+        torch.ones(1, 1), numbers[:, None], numbers[:0], None, (len(numbers),), (len(numbers),), None,
+        torch.ones(len(numbers), 1).half(), torch.ones(0).half(), 0,
+    )  # fmt: skip
+    assert torch.equal(quantized(*args, quantized_plan(1))[0], numbers.float())
