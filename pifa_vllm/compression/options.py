@@ -27,7 +27,7 @@ DEFAULT_MIX: dict[Method, float] = {
     "svd-llm": 0.0,
     "mpifa": 0.25,
     "mpifa-exact": 1.0,
-    "quantize": 0.0,
+    "quantize": 1.0,
 }
 
 # As `--factors` calls them. Coefficients keep 8 bits beside pivot rows of 4: their errors reach the outputs times
@@ -170,7 +170,7 @@ class CompressOptions:
     @property
     def folds(self) -> int:
         """Into how many parts the calibration samples are divided."""
-        return 2 if self.method == "mpifa-exact" else 1
+        return 2 if self.method in ("mpifa-exact", "quantize") else 1
 
     @property
     def uses_compressed_inputs(self) -> bool:
@@ -180,7 +180,7 @@ class CompressOptions:
     @property
     def uses_drift(self) -> bool:
         """Whether the residual stream's error is part of the targets."""
-        return self.method == "mpifa-exact" and self.feedback > 0.0
+        return self.method in ("mpifa-exact", "quantize") and self.feedback > 0.0
 
     def record(self) -> dict[str, Any]:
         """List what bears on the result, in JSON types, for the fingerprint and the report."""

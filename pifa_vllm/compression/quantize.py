@@ -8,6 +8,9 @@ that there is, and rounded in the metric of its own inputs, Ŵ_p G Ŵ_pᵀ.
 
 With pivot columns the rows of W_c are independent, in the metric of their inputs x_p + B x_r. B is then fitted
 anew and rounded in the metric of x_r, its rows in that of what W_c makes of them, W_cᵀ W_c.
+
+What the outputs are to be may also correct the errors that the inputs bring from modules before: rounding them all
+adds up as cutting ranks does, and M (`pifa_vllm.compression.correction`) stops it in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.compression.lowrank import regularised
-from pifa_vllm.factorization import PIFA, PivotColumns
+from pifa_vllm.factorization import PIFA, PivotColumns, remaining_rows
 from pifa_vllm.ops import column_order
 from pifa_vllm.quantization import (
     Quantized,
@@ -41,48 +44,47 @@ _COLUMNS = 128
 _ROW_BLOCKS = 16
 
 
-def quantize_factors(factors: PIFA, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
+def quantize_factors(factors: PIFA, target: Tensor, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
     """Quantize a module in pivoting form.
 
     Args:
-        factors: of W [m, n], in float64.
+        factors: of a matrix [m, n], in float64; which rows are pivots, and how far their errors reach.
+        target: W [m, n], float64: what the outputs are to be, the matrix itself or one that also corrects errors of
+            the inputs.
         gram: G = E[x xᵀ] [n, n], float64.
         kind: of both factors' numbers.
     """
-    weight, coefficients = factors.pivot_weight, factors.coefficients
-    identity = torch.eye(factors.rank, dtype=weight.dtype, device=weight.device)
-    rows = identity + coefficients.T @ coefficients
-    pivots = round_matrix(weight, gram, kind.dtype, kind.group, rows)
+    coefficients, rows = factors.coefficients, factors.pivot_rows.long()
+    identity = torch.eye(factors.rank, dtype=gram.dtype, device=gram.device)
+    reach = identity + coefficients.T @ coefficients
+    pivots = round_matrix(target[rows], gram, kind.dtype, kind.group, reach)
     found = pivots.values().double()
     inner = regularised(found @ gram @ found.T, _FIT_RIDGE)
-    cross = coefficients @ (weight @ gram @ found.T)  # [m - r, r]
+    cross = target[remaining_rows(rows, len(target))] @ gram @ found.T  # [m - r, r]
     fitted = torch.linalg.solve(inner, cross, left=False)
     rest = round_matrix(fitted, inner, kind.coefficient_dtype, kind.group)
     return QuantizedPIFA(pivots, rest, factors.pivot_rows)
 
 
-def quantize_columns(factors: PivotColumns, gram: Tensor, kind: FactorFormat) -> QuantizedPIFA:
-    """Quantize a module with pivot columns.
-
-    Args:
-        factors: of W [m, n], in float64.
-        gram: G = E[x xᵀ] [n, n], float64.
-        kind: of both factors' numbers.
-    """
-    weight, coefficients, pivots = factors.pivot_weight, factors.coefficients, factors.pivot_columns
+def quantize_columns(
+    factors: PivotColumns, target: Tensor, gram: Tensor, kind: FactorFormat
+) -> QuantizedPIFA:
+    """Quantize a module with pivot columns; the arguments are those of `quantize_factors`."""
+    coefficients, pivots = factors.coefficients, factors.pivot_columns
     rank = len(pivots)
     order = column_order(pivots, len(gram)).long()
-    ordered = gram[order][:, order]
-    own, cross, rest = ordered[:rank, :rank], ordered[:rank, rank:], ordered[rank:, rank:]
-    mixed = cross @ coefficients.T
-    inner = own + mixed + mixed.T + coefficients @ rest @ coefficients.T  # of x_p + B x_r
-    found = round_matrix(weight, inner, kind.dtype, kind.group)
-    kept = found.values().double()
+    metric, wanted = gram[order][:, order], target[:, order]
+    both = torch.cat([torch.eye(rank, dtype=gram.dtype, device=gram.device), coefficients], dim=1)  # [r, n]
+    inner = both @ metric @ both.T  # of x_p + B x_r
+    fitted = torch.linalg.solve(regularised(inner, _FIT_RIDGE), wanted @ metric @ both.T, left=False)
+    found = round_matrix(fitted, inner, kind.dtype, kind.group)
+    kept, rest = found.values().double(), metric[rank:, rank:]
     # What W_c lost on x_p, as far as x_r tells it, B can give back.
-    lost = torch.linalg.solve(regularised(rest, _FIT_RIDGE), ((weight - kept) @ cross).T).T
+    lost = (wanted[:, :rank] - kept) @ metric[:rank, rank:]
+    lost = torch.linalg.solve(regularised(rest, _FIT_RIDGE), lost, left=False)
     outputs = regularised(kept.T @ kept, _FIT_RIDGE)
-    fitted = torch.linalg.solve(outputs, kept.T @ (weight @ coefficients + lost))
-    others = round_matrix(fitted, rest, kind.coefficient_dtype, kind.group, outputs)
+    refitted = torch.linalg.solve(outputs, kept.T @ (wanted[:, rank:] + lost))
+    others = round_matrix(refitted, rest, kind.coefficient_dtype, kind.group, outputs)
     return QuantizedPIFA(found, others, pivots, columns=True)
 
 

@@ -89,7 +89,7 @@ class LayerSolver:
         m, n = weight.shape
         bias = self._dense.linears[module].bias
         if name not in self._ranks:
-            return self._keep_dense(name, weight, gram, bias, started)
+            return self._keep_dense(name, weight, moments, bias, started)
 
         factors: PIFA | None = None
         if self._given is not None:
@@ -100,6 +100,7 @@ class LayerSolver:
                 )
             factors = given
             product = factors.dense()
+            target = product + self._correction(weight, moments)
         else:
             try:
                 u, v = self._factors(module, weight, gram, moments)
@@ -107,7 +108,7 @@ class LayerSolver:
                 raise PifaError(
                     f"{name}: its decomposition did not converge ({error}). A larger --ridge helps."
                 ) from error
-            product = u @ v
+            product = target = u @ v
         if not bool(torch.isfinite(product).all()):
             raise PifaError(f"{name}: its solution is not finite. A larger --ridge helps.")
         if self._options.representation == "pifa":
@@ -116,9 +117,9 @@ class LayerSolver:
             rank, largest = factors.rank, factors.max_coefficient
             stored: PIFA | QuantizedPIFA = factors.to(self._dtype)
             if self._format is not None and self._format.pivots(name) == PIVOT_COLUMNS:
-                stored = quantize_columns(by_columns(factors), gram, self._format)
+                stored = quantize_columns(by_columns(factors), target, gram, self._format)
             elif self._format is not None:
-                stored = quantize_factors(factors, gram, self._format)
+                stored = quantize_factors(factors, target, gram, self._format)
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
             used = (stored if isinstance(stored, PIFA) else stored.values()).to(torch.float64).dense()
             self.tensors.update(module_tensors(name, stored, bias, self._dtype))
@@ -156,17 +157,24 @@ class LayerSolver:
         if method == "mpifa":
             target = target_cross(weight, gram, moments.cross(), mix)
             return alternating_update(weight, gram, target, rank, ridge)
-        correction = fit_correction(weight, moments, mix, self._options.feedback)
+        target = weight.double() + self._correction(weight, moments)
         # Reduced-rank regression: the best rank-r answer to the least-squares one, in the metric of the inputs.
-        return whitened_svd(weight.double() + correction.delta, gram, rank, ridge, outputs)
+        return whitened_svd(target, gram, rank, ridge, outputs)
+
+    def _correction(self, weight: Tensor, moments: Moments) -> Tensor:
+        return fit_correction(weight, moments, self._options.effective_mix, self._options.feedback).delta
 
     def _keep_dense(
-        self, name: str, weight: Tensor, gram: Tensor, bias: Tensor | None, started: float
+        self, name: str, weight: Tensor, moments: Moments, bias: Tensor | None, started: float
     ) -> Tensor:
         used = weight.to(self._dtype)
         self._store_dense(name, used, bias)
+        gram = moments.gram()
         if self._format is not None:
-            found = round_matrix(weight, gram, self._format.dtype, self._format.group)
+            target = weight.double()
+            if self._options.folds == 2:
+                target += self._correction(weight, moments)
+            found = round_matrix(target, gram, self._format.dtype, self._format.group)
             used = found.values()
             self.tensors |= {f"{name}.weight": found.numbers, f"{name}.{WEIGHT_SCALE}": found.scale}
         m, n = weight.shape

@@ -91,5 +91,5 @@ def test_the_ridge_is_the_methods_unless_given(method):
 def test_who_looks_at_the_compressed_flow_and_at_its_drift():
     looking = [m for m in DEFAULT_RIDGE if options(method=m).uses_compressed_inputs]
     assert looking == ["mpifa", "mpifa-exact", "quantize"]
-    assert [m for m in DEFAULT_RIDGE if options(method=m).uses_drift] == ["mpifa-exact"]
+    assert [m for m in DEFAULT_RIDGE if options(method=m).uses_drift] == ["mpifa-exact", "quantize"]
     assert not options(method="mpifa-exact", feedback=0.0).uses_drift

@@ -64,7 +64,8 @@ def test_factors_of_every_shape(m, n, rank, kind, columns):
     u, v = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, rank), (rank, n)))
     rows, gram = factorize(u, v), correlated(n)
     factors = by_columns(rows) if columns else rows
-    found = quantize_columns(factors, gram, kind) if columns else quantize_factors(factors, gram, kind)
+    quantize = quantize_columns if columns else quantize_factors
+    found = quantize(factors, rows.dense(), gram, kind)
     assert found.pivot_weight.numbers.dtype == kind.dtype
     assert found.coefficients.numbers.dtype == kind.coefficient_dtype
     assert torch.equal(found.pivots, factors.pivot_columns if columns else factors.pivot_rows)

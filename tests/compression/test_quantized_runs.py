@@ -95,7 +95,7 @@ def test_a_checkpoint_keeps_its_ranks_and_pivots(kind, plain, text, tmp_path):
         if after.modules[name].pivots == "pivot_rows":
             assert torch.equal(after.pivots(name), before.pivots(name))
         wanted, found = before.load(name).dense(), after.load(name).dense()
-        assert float((found - wanted).norm()) < (0.2 if kind.bits == 4 else 0.1) * float(wanted.norm())
+        assert float((found - wanted).norm()) < (0.25 if kind.bits == 4 else 0.1) * float(wanted.norm())
     wanted = logits(plain).log_softmax(-1)
     lost = (wanted.exp() * (wanted - logits(output).log_softmax(-1))).sum(-1).mean()
     other = (wanted.exp() * (wanted - wanted.roll(1, dims=1))).sum(-1).mean()

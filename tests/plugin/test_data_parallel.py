@@ -14,7 +14,7 @@ from tests.release import vllm_before
 from tests.server.serving import Server
 from tests.tiny import save_tiny_model
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def engine(model, directory, **job):
 
 @pytest.mark.vllm
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_fails_while_the_other_waits_ends_the_start(model, tmp_path, failing):
     """vLLM by itself was still waiting after 87 s, when it was stopped, where the second one had failed."""
     found = engine(model, tmp_path, start=failing)["start"]
