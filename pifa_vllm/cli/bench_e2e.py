@@ -32,9 +32,9 @@ def add_e2e(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--servers",
         default="dense-float32,pifa-float32,pifa-bfloat16",
         metavar="FORM-DTYPE,...",
-        help="dense, pifa, or lowrank (a PIFA checkpoint as large as plain low rank of PIFA's rank), each with a "
-        "dtype, and -eager to serve it as the CPU image does; all are up at once, and compared with the first "
-        "(default: %(default)s)",
+        help="dense, dense-int8 (vLLM's W8A8), pifa, pifa-int8, pifa-int4, or lowrank (a PIFA checkpoint as large "
+        "as plain low rank of PIFA's rank), each with a dtype, and -eager to serve it as the CPU image does; all "
+        "are up at once, and compared with the first (default: %(default)s)",
     )
     add(
         "--workloads",

@@ -20,7 +20,7 @@ import torch
 
 from pifa_vllm.bench.machine import describe_machine
 from pifa_vllm.bench.served.load import Workload, send
-from pifa_vllm.bench.served.models import SHAPES, Form, ModelShape, save_random_model, weight_bytes
+from pifa_vllm.bench.served.models import FORMS, SHAPES, Form, ModelShape, save_random_model, weight_bytes
 from pifa_vllm.bench.served.server import Server, settings
 from pifa_vllm.checkpoint import read_config, read_json
 from pifa_vllm.checkpoint.atomic import replace_text
@@ -42,7 +42,7 @@ class Way:
     """A way to serve a model.
 
     Attributes:
-        form: "dense" is served without any plugin.
+        form: the dense ones are served without any plugin.
         dtype: of weights and activations.
         eager: nothing is compiled, as in the CPU image.
     """
@@ -60,7 +60,7 @@ class Way:
     def environment(self) -> dict[str, str]:
         """Variables of its server."""
         # An empty list makes vLLM load no plugin at all, ours among them.
-        plugins = {"VLLM_PLUGINS": ""} if self.form == "dense" else {}
+        plugins = {"VLLM_PLUGINS": ""} if self.form.startswith("dense") else {}
         return plugins | (_EAGER if self.eager else {})
 
 
@@ -78,16 +78,15 @@ def parse_servers(text: str) -> list[Way]:
     Raises:
         PifaError: naming the one that is wrong.
     """
-    forms: tuple[Form, ...] = ("dense", "pifa", "lowrank")
     ways = [
-        Way(form, dtype, eager) for form in forms for dtype in _DTYPES.values() for eager in (False, True)
+        Way(form, dtype, eager) for form in FORMS for dtype in _DTYPES.values() for eager in (False, True)
     ]
     known = {way.name: way for way in ways}
     found: list[Way] = []
     for name in text.split(","):
         if name not in known or known[name] in found:
             raise PifaError(
-                f"--servers: expected different ones of {', '.join(forms)}, each with -{', -'.join(_DTYPES)}, and "
+                f"--servers: expected different ones of {', '.join(FORMS)}, each with -{', -'.join(_DTYPES)}, and "
                 f"-eager or not, found {name!r} in {text!r}."
             )
         found.append(known[name])
@@ -115,7 +114,7 @@ def random_models(
         raise PifaError(f"--shape: expected one of {', '.join(SHAPES)}, found {shape!r}.")
     found = []
     for way in servers:
-        share = "" if way.form == "dense" else f"-{density:g}"
+        share = "" if way.form.startswith("dense") else f"-{density:g}"
         name = f"random-{shape}-{way.form}{share}-{str(way.dtype).removeprefix('torch.')}"
         if not (work_dir / name).exists():
             save_random_model(work_dir / name, SHAPES[shape], way.form, density, way.dtype)
@@ -138,10 +137,11 @@ def real_models(servers: Sequence[Way], dense: Path, pifa: Path) -> tuple[list[S
 
     Raises:
         CheckpointError: if a directory is not what it is said to be.
-        PifaError: if "lowrank" is asked for, which only random models have.
+        PifaError: if another form is asked for, which only random models have.
     """
-    if any(way.form == "lowrank" for way in servers):
-        raise PifaError("--servers: expected dense or pifa with --dense and --pifa, found lowrank.")
+    for way in servers:
+        if way.form not in ("dense", "pifa"):
+            raise PifaError(f"--servers: expected dense or pifa with --dense and --pifa, found {way.form}.")
     directories = {"dense": dense, "pifa": pifa}
     density = read_config(pifa).density
     config = read_json(dense / "config.json")

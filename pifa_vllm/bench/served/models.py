@@ -1,4 +1,4 @@
-"""Random LLaMA-shaped checkpoints for the end-to-end benchmark: dense, PIFA, or as large as plain low rank.
+"""Random LLaMA-shaped checkpoints for the end-to-end benchmark: dense, PIFA, quantized, or as large as low rank.
 
 Serving speed depends on shapes and dtypes, not on what the weights say, so nothing has to be downloaded or
 compressed. One decoder layer is in memory at a time.
@@ -6,23 +6,57 @@ compressed. One decoder layer is in memory at a time.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pifa_vllm.checkpoint import Checkpoint, CheckpointWriter, PIFAConfig, Shards, is_pifa
+from pifa_vllm.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    FactorFormat,
+    PIFAConfig,
+    Shards,
+    is_pifa,
+    read_json,
+)
+from pifa_vllm.checkpoint.atomic import replace_text
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS
 from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compression.allocation import allocate, kept_parameters, uniform
 from pifa_vllm.compression.decoder import LinearShape
+from pifa_vllm.compression.options import FACTORS
 from pifa_vllm.factorization import PIFA, lowrank_parameters
+from pifa_vllm.quantization import QuantizedPIFA, round_to_nearest
 
-Form = Literal["dense", "pifa", "lowrank"]
+Form = Literal["dense", "dense-int8", "pifa", "pifa-int8", "pifa-int4", "lowrank"]
+FORMS: tuple[Form, ...] = get_args(Form)
+# vLLM's own integers: weights by output, activations by token.
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+}
 
 _TILE = 16
 
@@ -74,10 +108,10 @@ def ranks_of(shape: ModelShape, form: Form, density: float) -> dict[str, int]:
     "lowrank" stands for plain low rank of the rank that PIFA has at this density. vLLM has no layer of two plain
     factors, so it is a PIFA checkpoint with as many numbers, r(m + n), that is of a higher rank.
     """
-    if form == "dense":
+    if form.startswith("dense"):
         return {}
     ranks = allocate(shape.linears, uniform(density), "pifa", _TILE)
-    if form == "pifa":
+    if form != "lowrank":
         return ranks
 
     def density_of(x: LinearShape) -> float:
@@ -104,7 +138,11 @@ def save_random_model(
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = ranks_of(shape, form, density)
-    writer = CheckpointWriter(directory, directory.with_name(directory.name + ".staging"))
+    kind = FACTORS[form.removeprefix("pifa-")] if form in ("pifa-int8", "pifa-int4") else None
+    scratch = [directory.with_name(f"{directory.name}.{name}") for name in ("whole", "staging")]
+    for path in scratch:
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed
+    writer = CheckpointWriter(*scratch)
 
     def normal(m: int, n: int) -> Tensor:
         return torch.randn(m, n, generator=generator).mul_(n**-0.5).to(dtype)
@@ -121,9 +159,20 @@ def save_random_model(
                 continue
             if linear.name in ranks:
                 factors = _random_factors(linear.m, linear.n, ranks[linear.name], generator)
-                tensors |= module_tensors(linear.name, factors, None, dtype)
+                stored = factors if kind is None else _quantized(linear.name, factors, kind)
+                tensors |= module_tensors(linear.name, stored, None, dtype)
+                continue
+            weight = normal(linear.m, linear.n)
+            if kind is not None:
+                rounded = round_to_nearest(weight.float(), kind.dtype, kind.group)
+                scale = rounded.scale
+            elif form == "dense-int8":
+                rounded = round_to_nearest(weight.float(), torch.int8, 0)
+                scale = rounded.scale.to(dtype)
             else:
-                tensors[f"{linear.name}.weight"] = normal(linear.m, linear.n)
+                tensors[f"{linear.name}.weight"] = weight
+                continue
+            tensors |= {f"{linear.name}.weight": rounded.numbers, f"{linear.name}.weight_scale": scale}
         writer.write_shard(f"model-layer-{layer:03d}.safetensors", tensors)
     ends = {
         "model.embed_tokens.weight": torch.randn(shape.vocab_size, hidden, generator=generator).to(dtype),
@@ -133,8 +182,18 @@ def save_random_model(
     writer.write_shard("model-ends.safetensors", ends)
     _tokenizer(shape.vocab_size).save_pretrained(writer.staging)
     kept = kept_parameters(shape.linears, ranks, "pifa") / sum(x.m * x.n for x in shape.linears)
-    section = PIFAConfig(density=kept, ranks=ranks, provenance={"weights": "random"}) if ranks else None
+    section = None
+    if ranks:
+        version: Literal[1, 2] = 1 if kind is None else 2
+        provenance = {"weights": "random"}
+        section = PIFAConfig(
+            format_version=version, density=kept, ranks=ranks, factors=kind, provenance=provenance
+        )
     writer.publish(_config(shape, dtype), section)
+    if form == "dense-int8":
+        config = read_json(writer.output / "config.json") | {"quantization_config": W8A8}
+        replace_text(writer.output / "config.json", json.dumps(config, indent=2) + "\n")
+    writer.output.rename(directory)
 
 
 def weight_bytes(directory: Path, dtype: torch.dtype) -> dict[str, int]:
@@ -166,6 +225,24 @@ def _random_factors(m: int, n: int, rank: int, generator: torch.Generator) -> PI
         torch.randn(rank, n, generator=generator) * n**-0.5,
         (torch.rand(m - rank, rank, generator=generator) * 2.0 - 1.0) * bound,
         torch.randperm(m, generator=generator)[:rank].sort().values.to(torch.int32),
+    )
+
+
+def _quantized(name: str, factors: PIFA, kind: FactorFormat) -> QuantizedPIFA:
+    """Rounded to nearest; of pivot columns random ones, as the rows are."""
+    columns = kind.pivots(name) == PIVOT_COLUMNS
+    if columns:
+        m, n = factors.shape
+        generator = torch.Generator().manual_seed(factors.rank)
+        factors = _random_factors(n, m, factors.rank, generator)  # of the transposed matrix
+    weight, rest = factors.pivot_weight, factors.coefficients
+    if columns:
+        weight, rest = weight.T.contiguous(), rest.T.contiguous()
+    return QuantizedPIFA(
+        round_to_nearest(weight, kind.dtype, kind.group),
+        round_to_nearest(rest, kind.coefficient_dtype, kind.group),
+        factors.pivot_rows,
+        columns,
     )
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM
 
 from pifa_vllm.bench import RESULTS
@@ -16,7 +17,7 @@ from pifa_vllm.bench.served.load import Workload
 from pifa_vllm.bench.served.models import SHAPES, ranks_of, save_random_model, weight_bytes
 from pifa_vllm.bench.served.report import memory_table, plot, rate, ratios, speed_table
 from pifa_vllm.bench.served.server import Server
-from pifa_vllm.checkpoint import Checkpoint
+from pifa_vllm.checkpoint import Checkpoint, Shards, read_json
 from pifa_vllm.cli import main
 from pifa_vllm.errors import PifaError
 
@@ -129,6 +130,32 @@ def test_random_models_are_whole_and_load(tmp_path, form):
     assert 0.1 < float(logits.std()) < 10.0
 
 
+@pytest.mark.parametrize(("form", "bits"), [("pifa-int8", 8.5), ("pifa-int4", 6.2)])
+def test_random_quantized_models_load(tmp_path, form, bits):
+    save_random_model(tmp_path / form, TINY, form, 0.5, torch.float32)
+    checkpoint = Checkpoint.open(tmp_path / form)
+    checkpoint.verify()
+    numbers = sum(entry.parameters for entry in checkpoint.modules.values())
+    linear = weight_bytes(tmp_path / form, torch.float32)["linear"]
+    assert 8 * (linear - 4 * sum(checkpoint.config.ranks.values())) < bits * numbers
+    import pifa_vllm  # noqa: F401  # makes transformers know the format
+
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / form)(torch.arange(10, 40)[None]).logits
+    assert 0.1 < float(logits.detach().std()) < 10.0
+
+
+def test_the_dense_integers_are_what_vllm_knows(tmp_path):
+    save_random_model(tmp_path / "int8", TINY, "dense-int8", 0.5, torch.float32)
+    config = read_json(tmp_path / "int8" / "config.json")
+    assert (
+        QuantizationConfig.model_validate(config["quantization_config"]).quant_method == "compressed-tensors"
+    )
+    shards = Shards(tmp_path / "int8")
+    assert shards.load("model.layers.0.mlp.up_proj.weight").dtype == torch.int8
+    assert shards.load("model.layers.0.mlp.up_proj.weight_scale").shape == (176, 1)
+    assert not list(tmp_path.glob("int8.*"))
+
+
 def test_the_stand_in_for_plain_low_rank_has_its_number_of_parameters():
     shape = SHAPES["1b"]
     pifa, stand_in = (ranks_of(shape, form, 0.5) for form in ("pifa", "lowrank"))
@@ -239,7 +266,7 @@ def test_tables_and_plot(tmp_path, sent):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--servers", "dense"], "--servers: expected different ones of dense, pifa, lowrank"),
+        (["--servers", "dense"], "--servers: expected different ones of dense, dense-int8, pifa, pifa-int8"),
         (["--servers", "pifa-float32,pifa-float32"], "found 'pifa-float32' in"),
         (["--servers", "pifa-int4"], "found 'pifa-int4'"),
         (["--workloads", "32/32"], "--workloads: expected INPUT/OUTPUT/CONCURRENCY"),
