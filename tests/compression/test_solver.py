@@ -9,7 +9,7 @@ import torch
 from pifa_vllm.compression.allocation import uniform
 from pifa_vllm.compression.decoder import DenseModel
 from pifa_vllm.compression.moments import Moments
-from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.options import FACTORS, CompressOptions
 from pifa_vllm.compression.solver import LayerSolver
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import PIFA, pifa_parameters
@@ -190,3 +190,12 @@ def test_a_solution_that_does_not_fit_the_dtype_is_named(layer, moments):
     with pytest.raises(PifaError, match=rf"{NAME}: its rank-24 solution does not fit torch\.float16"):
         solver(UP, layer.linears[UP].weight * 1e6, moments)
     assert told == []
+
+
+@pytest.mark.parametrize("module", [Q, UP])  # with pivot rows and with columns
+def test_inputs_that_say_nothing_still_leave_a_module_to_quantize(layer, module):
+    name = f"model.layers.1.{module}"
+    solver, _ = solver_of(layer, {name: 24}, method="svd", factors=FACTORS["int4"])
+    nothing = Moments(64, torch.device("cpu"), folds=2)
+    nothing.add(torch.zeros(4, 64), torch.zeros(4, 64))
+    assert torch.isfinite(solver(module, layer.linears[module].weight, nothing)).all()

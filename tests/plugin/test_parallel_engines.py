@@ -58,7 +58,7 @@ def test_several_ranks_say_what_transformers_says(name, served, models):
 def test_ranks_with_quantized_factors_say_what_transformers_says(served, models):
     # Activations are rounded to 16 bits on CPUs.
     check_answers(
-        served["int8"], transformers_says(models / "int8-twin"), prompts_without_ties=10, tolerance=2e-3
+        served["int8"], transformers_says(models / "int8-twin"), prompts_without_ties=10, tolerance=5e-3
     )
 
 
