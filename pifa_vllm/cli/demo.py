@@ -32,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=Path("demo-output"),
         help="where steps are kept (default: %(default)s)",
     )
+    add("--factors", choices=("int8", "int4", "fp8"), help="quantize the model that is served")
     add("--samples", type=int, default=16, help="calibration sequences (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
     add(
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         length=args.length,
         text=args.text,
+        factors=args.factors,
     )
     compressed = demo.compress()
     with demo.server(compressed, args.port) as server:

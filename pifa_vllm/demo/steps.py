@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from pifa_vllm.checkpoint import load_tokenizer
+from pifa_vllm.checkpoint import load_tokenizer, read_config
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.compression.allocation import Recipe, uniform
 from pifa_vllm.compression.calibration.samples import load_samples
 from pifa_vllm.compression.calibration.token_file import write_tokens
-from pifa_vllm.compression.options import CompressOptions
+from pifa_vllm.compression.options import FACTORS, CompressOptions
 from pifa_vllm.compression.pipeline import Compression
 from pifa_vllm.compression.progress import make_progress
 from pifa_vllm.compression.report.schema import Method, Representation
@@ -40,10 +40,20 @@ class Demo:
         samples: calibration sequences, the model's own.
         length: tokens per sequence.
         text: file for the perplexities; None takes the Python language reference of this interpreter.
+        factors: key of `FACTORS`: the served model is quantized.
     """
 
-    def __init__(self, work_dir: Path, density: float, samples: int, length: int, text: Path | None) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        density: float,
+        samples: int,
+        length: int,
+        text: Path | None,
+        factors: str | None = None,
+    ) -> None:
         self.work_dir = work_dir
+        self.factors = factors
         self.density: Recipe = uniform(density)
         self.samples, self.length = samples, length
         self.text = text
@@ -61,19 +71,22 @@ class Demo:
             save_dense_model(self.dense)
         tokens = self._calibration_tokens()
         self._compress_by("svd-llm", "lowrank", tokens)
-        return self._compress_by("mpifa-exact", "pifa", tokens)
+        directory = self._compress_by("mpifa-exact", "pifa", tokens)
+        return directory if self.factors is None else self._compress_by("quantize", "pifa", tokens)
 
     def compare(self) -> None:
-        """Print the perplexities of the dense model and both compressed ones, side by side."""
+        """Print the perplexities of the dense model and the compressed ones, side by side."""
         table = Table(title=f"perplexity on {self._text_name()}, {_WINDOWS} windows of {_SEQLEN} tokens")
         for column in ("model", "kept parameters", "perplexity"):
             table.add_column(column, justify="left" if column == "model" else "right")
         kept = f"{self.density.density:.0%} of the linear modules"
-        rows = (
+        rows = [
             ("dense", "all", self.dense),
             ("svd-llm, plain low rank", kept, self._directory("svd-llm")),
             ("MPIFA", kept, self._directory("mpifa-exact")),
-        )
+        ]
+        if self.factors is not None:
+            rows.append((f"MPIFA, {self.factors}", kept, self._directory("quantize")))
         for name, share, directory in rows:
             table.add_row(name, share, f"{self._perplexity(directory):.2f}")
         self.console.print(table)
@@ -102,13 +115,16 @@ class Demo:
             server.wait()
 
     def _compress_by(self, method: Method, representation: Representation, tokens: Path) -> Path:
-        directory = self._directory(method)
-        self._heading(f"{method} at density {self.density.density:g}", directory)
+        directory, quantize = self._directory(method), method == "quantize"
+        what = f"the same in {self.factors}" if quantize else f"{method} at density {self.density.density:g}"
+        self._heading(what, directory)
         if not directory.exists():
+            model = self._directory("mpifa-exact") if quantize else self.dense
             options = CompressOptions(
-                model=self.dense,
+                model=model,
                 output=directory,
-                density=self.density,
+                density=uniform(read_config(model).density) if quantize else self.density,
+                factors=FACTORS[self.factors] if quantize and self.factors else None,
                 method=method,
                 representation=representation,
                 calibration=str(tokens),
@@ -136,7 +152,8 @@ class Demo:
         return path
 
     def _directory(self, method: Method) -> Path:
-        return self.work_dir / f"smollm2-{method}-{self.density.density:g}-{self.samples}x{self.length}"
+        name = self.factors if method == "quantize" else method
+        return self.work_dir / f"smollm2-{name}-{self.density.density:g}-{self.samples}x{self.length}"
 
     def _perplexity(self, directory: Path) -> float:
         cache = self.work_dir / "perplexity.json"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pifa_vllm.checkpoint import Checkpoint
 from pifa_vllm.demo import steps
 from tests.compression.runs import write_text
 from tests.tiny import save_tiny_model
@@ -33,6 +34,14 @@ def test_every_step_is_made_once_and_reused(tmp_path, monkeypatch, capsys):
     again.compare()
     assert len(made) == 1
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*") if p.is_file()}
+
+    int8 = steps.Demo(tmp_path / "work", density=0.8, samples=4, length=32, text=text, factors="int8")
+    smaller = int8.compress()
+    assert Checkpoint.open(smaller).config.ranks == Checkpoint.open(served).config.ranks
+    assert Checkpoint.open(smaller).config.factors is not None
+    capsys.readouterr()
+    int8.compare()
+    assert "MPIFA, int8" in capsys.readouterr().out
 
     other = steps.Demo(tmp_path / "work", density=0.6, samples=4, length=32, text=text)
     assert other.compress() != served
