@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pifa_vllm.bench.shapes import LayerShape
+from pifa_vllm.checkpoint import FactorFormat
 from pifa_vllm.factorization import remaining_rows
-from pifa_vllm.ops import pifa_linear, stacked_rows
+from pifa_vllm.ops import Matrix, column_order, pifa_linear, pivot_columns_linear, stacked_rows
+from pifa_vllm.quantization import round_to_nearest
 
 _MAX_COPIES = 64
 
@@ -24,20 +27,27 @@ class Implementation:
 
     Attributes:
         name: in the results.
-        dtype: of weights and activations.
+        dtype: of activations, and of weights that are not quantized.
         parameters: numbers that it multiplies with.
         make: makes one instance with weights of its own.
+        bits: of a number, on average and with its scale; None for those of the dtype.
     """
 
     name: str
     dtype: torch.dtype
     parameters: int
     make: Callable[[], Forward]
+    bits: float | None = None
+
+    @property
+    def nbytes(self) -> float:
+        """Of its numbers."""
+        return self.parameters * (8 * self.dtype.itemsize if self.bits is None else self.bits) / 8
 
     def copies(self, working_set: int) -> list[Forward]:
         """Make instances whose weights take so many bytes together."""
-        nbytes = max(self.parameters * self.dtype.itemsize, 1)
-        return [self.make() for _ in range(max(1, min(_MAX_COPIES, -(-working_set // nbytes))))]
+        copies = math.ceil(working_set / max(self.nbytes, 1))
+        return [self.make() for _ in range(max(1, min(_MAX_COPIES, copies)))]
 
 
 def random_matrix(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -58,6 +68,35 @@ def pifa(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: st
     rows = stacked_rows(pivots, shape.out_features)
     stacked, flat = torch.cat(pivot_weights), torch.cat([c.flatten() for c in coefficients])
     return lambda x: pifa_linear(x, stacked, flat, rows, ranks, shape.out_features)
+
+
+def quantized(shape: LayerShape, ranks: Sequence[int], kind: FactorFormat, device: str = "cpu") -> Forward:
+    """`pifa::linear` with quantized factors; with pivot columns where each module has more outputs than inputs."""
+    if min(shape.out_features) > shape.n:
+        modules = [
+            (
+                column_order(torch.randperm(shape.n, device=device)[:r].sort().values, shape.n),
+                _matrix(m, r, kind.dtype, kind.group, device),
+                _matrix(r, shape.n - r, kind.coefficient_dtype, kind.group, device),
+            )
+            for r, m in zip(ranks, shape.out_features, strict=True)
+        ]
+        return lambda x: torch.cat([pivot_columns_linear(x, w, b, order) for order, w, b in modules], dim=-1)
+    _, _, pivots = zip(*_factors(shape, ranks, torch.float32, device), strict=True)
+    rows = stacked_rows(pivots, shape.out_features)
+    weight, scale, group = _matrix(sum(ranks), shape.n, kind.dtype, kind.group, device)
+    rest = [
+        _matrix(m - r, r, kind.coefficient_dtype, kind.group, device)
+        for r, m in zip(ranks, shape.out_features, strict=True)
+    ]
+    flat = torch.cat([c.numbers.flatten() for c in rest])
+    scales = torch.cat([c.scale.flatten() for c in rest if c.scale is not None])
+    return lambda x: pifa_linear(x, weight, flat, rows, ranks, shape.out_features, None, scale, scales, group)
+
+
+def _matrix(rows: int, k: int, dtype: torch.dtype, group: int, device: str) -> Matrix:
+    found = round_to_nearest(random_matrix(rows, k, torch.float32, device), dtype, group)
+    return Matrix(found.numbers, found.scale, group)
 
 
 def reference(shape: LayerShape, ranks: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Forward:

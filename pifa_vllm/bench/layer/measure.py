@@ -25,13 +25,16 @@ from pifa_vllm.bench.layer.forwards import (
     Implementation,
     dense,
     pifa,
+    quantized,
     random_matrix,
     reference,
 )
 from pifa_vllm.bench.shapes import LayerShape
+from pifa_vllm.compression.options import FACTORS
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
 from pifa_vllm.ops import pifa_linear
+from pifa_vllm.quantization import round_to_nearest
 
 # Beyond any last-level cache of a single socket that is common today.
 _WORKING_SET = 192 * 2**20
@@ -51,7 +54,7 @@ class Row:
         tokens: rows of x.
         density: kept / dense parameters of the compressed implementations of this case.
         implementation: what ran (see `implementations`).
-        dtype: of weights and activations.
+        dtype: of activations, and of weights that are not quantized.
         parameters: numbers that it multiplies with.
         ms: median over the runs.
         fastest_ms: fastest run.
@@ -82,6 +85,8 @@ def implementations(shape: LayerShape, density: float, dtypes: Sequence[torch.dt
       "dense-ours": the weight streamed by our kernel.
     - "pifa": `pifa::linear` at the rank that the density allows.
     - "reference": what the paper's implementation runs at that rank, two F.linear and two index_copy_ per module.
+    - "pifa-int8", "pifa-int4": the same with quantized factors, at the same rank. "dense-int8-vllm": 8-bit weights
+      and activations, as vLLM multiplies them on this CPU.
     - "lowrank-rank", "lowrank-density": two plain factors in our kernels, at PIFA's rank (more parameters) and at
       the density (lower rank).
 
@@ -103,7 +108,17 @@ def implementations(shape: LayerShape, density: float, dtypes: Sequence[torch.dt
             Implementation("reference", dtype, kept, partial(reference, shape, ranks, dtype)),
         ]
         if _vllm_linear() is not None:
-            found.append(Implementation("dense-vllm", dtype, shape.m * n, partial(_dense_vllm, shape, dtype)))
+            whole = ("dense-vllm", _dense_vllm, None), ("dense-int8-vllm", _dense_int8_vllm, 8.0)
+            found += [
+                Implementation(name, dtype, shape.m * n, partial(make, shape, dtype), bits)
+                for name, make, bits in whole
+            ]
+        for name in ("int8", "int4"):
+            kind = FACTORS[name]
+            bits = kind.bits + 16 / (kind.group or n)
+            found.append(
+                Implementation(f"pifa-{name}", dtype, kept, partial(quantized, shape, ranks, kind), bits)
+            )
         for name, low in (("lowrank-rank", ranks), ("lowrank-density", plain)):
             parameters = sum(lowrank_parameters(m, n, r) for r, m in zip(low, ms, strict=True))
             found.append(Implementation(name, dtype, parameters, partial(_lowrank, shape, low, dtype)))
@@ -147,7 +162,7 @@ def measure(shape: LayerShape, tokens: int, density: float, dtypes: Sequence[tor
             ms=median * 1e3,
             fastest_ms=min(times) * 1e3,
             runs=len(times),
-            gbytes_per_s=item.parameters * item.dtype.itemsize / median / 1e9,
+            gbytes_per_s=item.nbytes / median / 1e9,
             gflops=2 * item.parameters * tokens / median / 1e9,
         )
 
@@ -195,6 +210,24 @@ def _dense_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
     dispatch(holder, remove_weight=True)
     packed: Callable[..., Tensor] = holder.cpu_linear  # type: ignore[assignment]  # set by the line above
     return lambda x: packed(x, holder.weight, None)
+
+
+def _dense_int8_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
+    """What vLLM's CPUInt8ScaledMMLinearKernel runs on oneDNN: weights by output, activations by token."""
+    from vllm import _custom_ops as ops
+
+    found = round_to_nearest(random_matrix(shape.m, shape.n, torch.float32), torch.int8, 0)
+    weight_scale = found.scale.float()
+    handler = ops.create_onednn_scaled_mm(found.numbers.T, weight_scale, dtype, True, False, 32)
+
+    def forward(x: Tensor) -> Tensor:
+        numbers, scale, zero = ops.onednn_scaled_int8_quant(x, None, None, True)
+        # The handler keeps the scales' address and not the tensor.
+        y = x.new_empty(len(x), len(weight_scale))
+        ops.onednn_scaled_mm(handler, numbers, y, scale, zero, None, None)
+        return y
+
+    return forward
 
 
 def _vllm_linear() -> Callable[..., None] | None:

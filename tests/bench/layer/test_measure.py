@@ -33,6 +33,7 @@ def test_rows_and_tables(tmp_path):
     rows = [row for tokens in (1, 5) for row in measure(FUSED, tokens, 0.5, DTYPES)]
     names = {row.implementation for row in rows}
     assert {"dense", "dense-ours", "pifa", "reference", "lowrank-rank", "lowrank-density"} <= names
+    assert {"pifa-int8", "pifa-int4"} <= names
     for row in rows:
         assert row.runs >= 5
         assert 0.0 < row.fastest_ms <= row.ms
@@ -75,3 +76,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_refusals(options, message, tmp_path, capsys):
     assert main(["bench", "layer", *options, "--output", str(tmp_path / "o.json")]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [(48, 16), (64, 40)])  # with pivot rows and with columns
+def test_quantized_layers_read_fewer_bytes(sizes):
+    shape = LayerShape("layer", 32, sizes)
+    found = {i.name: i for i in implementations(shape, 0.5, [torch.bfloat16])}
+    assert found["pifa"].nbytes == 2 * found["pifa"].parameters
+    assert found["pifa-int8"].nbytes == pytest.approx(found["pifa"].parameters * (8 + 16 / 128) / 8)
+    for name in ("pifa-int8", "pifa-int4"):
+        assert found[name].make()(torch.randn(3, 32, dtype=torch.bfloat16)).shape == (3, sum(sizes))
