@@ -55,7 +55,7 @@ def run_layer(args: argparse.Namespace) -> int:
     import torch
 
     from pifa_vllm.bench.layer.measure import ceilings, measure, to_json
-    from pifa_vllm.bench.layer.report import dispatch_table, plot, ratio_table
+    from pifa_vllm.bench.layer.report import plot, tables
     from pifa_vllm.bench.machine import describe_machine
     from pifa_vllm.bench.shapes import SHAPES, LayerShape
     from pifa_vllm.checkpoint.atomic import replace_text
@@ -97,7 +97,7 @@ def run_layer(args: argparse.Namespace) -> int:
     replace_text(args.output, json.dumps(results, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)
-    print(*(ratio_table(results, density) for density in densities), dispatch_table(results), sep="\n\n")
+    print(*tables(results), sep="\n\n")
     return 0
 
 
@@ -147,7 +147,7 @@ def run_cubins(args: argparse.Namespace) -> int:
 
 def run_table(args: argparse.Namespace) -> int:
     """Print the tables."""
-    from pifa_vllm.bench.layer.report import dispatch_table, ratio_table
+    from pifa_vllm.bench.layer.report import tables as layer_tables
     from pifa_vllm.bench.quality.report import cost_table, perplexity_table
     from pifa_vllm.checkpoint import read_json
     from pifa_vllm.errors import PifaError
@@ -173,8 +173,7 @@ def run_table(args: argparse.Namespace) -> int:
             densities = sorted({row["density"] for row in results["rows"]})
             tables = [layer_table(results, density) for density in densities]
         elif "ms" in results["rows"][0]:
-            densities = sorted({row["density"] for row in results["rows"]})
-            tables = [*(ratio_table(results, density) for density in densities), dispatch_table(results)]
+            tables = layer_tables(results)
         else:
             tables = [perplexity_table(results), cost_table(results)]
     except (IndexError, KeyError, StopIteration, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ from pifa_vllm.checkpoint.atomic import replace_file
 
 _DENSE = ("dense", "dense-vllm")
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+_QUANTIZED_COLUMNS = (
+    "layer",
+    "tokens",
+    "PIFA bf16, ms",
+    "int8, to PIFA bf16",
+    "int4, to PIFA bf16",
+    "int8, to dense int8",
+    "int8, to dense bf16",
+    "int4, to dense bf16",
+    "int8 of f32, to PIFA f32",
+    "int8 of f32, to dense f32",
+)
 
 Rows = Iterable[dict[str, Any]]
 
@@ -28,6 +42,39 @@ _COLUMNS = (
     "PIFA f32, GB/s",
     "GFLOP/s",
 )
+
+
+def tables(results: dict[str, Any]) -> list[str]:
+    """All tables of a run but those of blocks, as Markdown."""
+    densities = sorted({row["density"] for row in results["rows"]})
+    found = [ratio_table(results, density) for density in densities]
+    if any(row["implementation"] == "pifa-int8" for row in results["rows"]):
+        found += [quantized_table(results, density) for density in densities]
+    return [*found, dispatch_table(results)]
+
+
+def quantized_table(results: dict[str, Any], density: float) -> str:
+    """Quantized factors, with bfloat16 and float32 activations, in times as fast as what else there is."""
+    lines = []
+    for (layer, tokens), rows in _cases(results["rows"], density).items():
+        narrow, wide = _find(rows, "pifa", "bfloat16"), _find(rows, "pifa", "float32")
+        int8, int4 = (_find(rows, f"pifa-{name}", "bfloat16") for name in ("int8", "int4"))
+        int8_wide = _find(rows, "pifa-int8", "float32")
+        lines.append(
+            [
+                layer,
+                str(tokens),
+                "" if narrow is None else f"{narrow['ms']:.2f}",
+                _ratio(narrow, int8),
+                _ratio(narrow, int4),
+                _ratio(_find(rows, "dense-int8-vllm", "bfloat16"), int8),
+                _ratio(_dense(rows, "bfloat16"), int8),
+                _ratio(_dense(rows, "bfloat16"), int4),
+                _ratio(wide, int8_wide),
+                _ratio(_dense(rows, "float32"), int8_wide),
+            ]
+        )
+    return markdown_table(_QUANTIZED_COLUMNS, lines)
 
 
 def ratio_table(results: dict[str, Any], density: float) -> str:
@@ -101,8 +148,9 @@ def dispatch_table(results: dict[str, Any]) -> str:
         for density in densities:
             for dtype in dtypes:
                 rows = [r for r in _cases(results["rows"], density)[layer, tokens] if r["dtype"] == dtype]
-                # Low rank is no choice: it has more parameters at this rank, or a lower rank at this density.
-                rows = [r for r in rows if not r["implementation"].startswith("lowrank")]
+                # Low rank is no choice: it has more parameters at this rank, or a lower rank at this density. Nor
+                # are fewer bits.
+                rows = [r for r in rows if not re.search("lowrank|int", r["implementation"])]
                 cells.append(min(rows, key=lambda r: r["ms"])["implementation"])
         lines.append(cells)
     return markdown_table(["layer", "tokens", *head], lines)

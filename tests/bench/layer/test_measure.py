@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pifa_vllm.bench.layer.measure import implementations, measure, to_json
-from pifa_vllm.bench.layer.report import block_table, dispatch_table, plot, ratio_table
+from pifa_vllm.bench.layer.report import (
+    block_table,
+    dispatch_table,
+    plot,
+    quantized_table,
+    ratio_table,
+    tables,
+)
 from pifa_vllm.bench.shapes import LayerShape
 from pifa_vllm.cli import main
 from pifa_vllm.ops.cpu import load
@@ -48,6 +55,15 @@ def test_rows_and_tables(tmp_path):
     assert [line.split(" | ")[2:] for line in block[2:]] == [line.split(" | ")[2:] for line in table[2:]]
     assert "| qkv_proj | 5 | " in dispatch_table(results)
     assert "lowrank" not in dispatch_table(results)
+    assert "int" not in dispatch_table(results)
+    quantized = quantized_table(results, 0.5).splitlines()
+    assert quantized[2].startswith("| qkv_proj | 1 | ")
+    assert quantized[2].count("x |") == (7 if "dense-vllm" in names else 6)
+    assert tables(results) == [
+        ratio_table(results, 0.5),
+        quantized_table(results, 0.5),
+        dispatch_table(results),
+    ]
     plot(results, tmp_path / "plot.svg")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
