@@ -74,6 +74,34 @@ def test_the_front_pages_perplexities_are_the_committed_ones():
     assert f"perplexity (dense: {math.exp(dense):.1f})" in readme
 
 
+BITS = {
+    "dense": ("dense", None),
+    "dense, int8": ("int8", None),
+    "dense, int4 by our rounding": ("int4-dense", 1.0),
+    "0.8": ("mpifa-exact", 0.8),
+    "0.8, int8": ("int8-factors", 0.8),
+    "0.8, int4": ("int4-factors", 0.8),
+}
+
+
+def test_the_front_pages_bits_are_the_committed_ones():
+    found = {(x.variant, x.density): x for x in measured(read("quality-raw.json"), "development")}
+    rows = []
+    for name, key in BITS.items():
+        if key not in found:
+            continue
+        one = found[key]
+        dense = one.dense
+        cost = next(iter(one.rows.values()), dense)
+        flops = cost["flops_per_token"] / dense["flops_per_token"]
+        lost = "" if name == "dense" else f"{fmean(one.lost):.3f} ± {standard_error(one.lost):.3f}"
+        rows.append(
+            f"| {name} | {flops:.2f} | {cost['bytes'] / 1e6:.0f} | {math.exp(fmean(one.nll())):.1f} | {lost} |"
+        )
+    head = "| model | FLOPs | MB | perplexity | nats lost |\n|---|---|---|---|---|\n"
+    assert f"<!-- bits -->\n{head}" + "\n".join(rows) + "\n<!-- /bits -->" in (ROOT / "README.md").read_text()
+
+
 def test_the_front_pages_speeds_are_the_committed_ones():
     """Where dense bfloat16 is the better dense, both are of the run that it was part of."""
     readme = (ROOT / "README.md").read_text()

@@ -12,7 +12,14 @@ from pifa_vllm.checkpoint import PIFAConfig, is_pifa, read_config, read_json
 from pifa_vllm.errors import CheckpointError
 from tests.checkpoint.sample import Sample
 
-FACTORS = {"bits": 4, "coefficient_bits": 8, "type": "int", "group_size": 32, "symmetric": True}
+FACTORS = {
+    "bits": 4,
+    "coefficient_bits": 8,
+    "type": "int",
+    "group_size": 32,
+    "symmetric": True,
+    "pivot_columns": ["gate_proj", "up_proj"],
+}
 
 
 @pytest.mark.parametrize("more", [{}, {"format_version": 2, "factors": FACTORS}])

@@ -51,7 +51,14 @@ def test_the_steps_in_their_order(told: list[tuple[str, Any]], tmp_path: Path) -
     assert main(["demo", *options, "--port", "9", "--prompt", "Hi", "--no-serve-forever"]) == 0
     # The server starts while the models are compared.
     assert [name for name, _ in told] == ["demo", "compress", "server", "compare", "chat", "stopped"]
-    assert told[0][1] == {"work_dir": Path("w"), "density": 0.8, "samples": 2, "length": 64, "text": text}
+    assert told[0][1] == {
+        "work_dir": Path("w"),
+        "density": 0.8,
+        "samples": 2,
+        "length": 64,
+        "text": text,
+        "factors": None,
+    }
     assert told[2][1] == (Path("compressed"), 9)
     assert told[4][1] == ("the server", "Hi", False)
 

@@ -121,9 +121,9 @@ def variants(family: str, dtype: str) -> Iterator[Variant]:
             split = {"SPLIT": splits > 1} if kernel == "pivot_kernel" else {}
             shape = (wide.tokens, wide.rows, wide.k, splits)
             yield Variant(family, dtype, "prefill", kernel, *shape, options | split)
-    for (tokens, tile), (kernel, kind, group) in itertools.product(
-        configs.QUANTIZED[bits].items(), QUANTIZED
-    ):
+    # float16 is left out: nobody has a reason to serve quantized factors in it.
+    formats = QUANTIZED if dtype != "float16" else ()
+    for (tokens, tile), (kernel, kind, group) in itertools.product(configs.QUANTIZED[bits].items(), formats):
         rounded = configs.QuantizedPlan(tokens, tile, tile, precision=device.precision)
         options = quantized.options(rounded, tile, kind, group)
         for splits in (1, 2) if kernel == "pivot_kernel" else (1,):

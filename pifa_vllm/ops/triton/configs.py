@@ -143,8 +143,8 @@ DECODE: dict[int, dict[int, tuple[Tile, Tile]]] = {
 
 # Of quantized factors: bits of the activations, then tokens of a tile.
 QUANTIZED: dict[int, dict[int, Tile]] = {
-    16: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3), 128: Tile(128, 64, 8, 3)},
-    32: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 3), 64: Tile(64, 32, 8, 3), 128: Tile(128, 32, 8, 2)},
+    16: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 4), 64: Tile(64, 128, 8, 3), 128: Tile(128, 64, 8, 3)},
+    32: {1: Tile(16, 256, 4, 3), 16: Tile(32, 128, 4, 3), 64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 2)},
 }
 
 _WIDE = PrefillTile(128, 256, 64, 8, 3, 0.75)
