@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -207,6 +208,15 @@ class QuantizedLinear(nn.Module):
             self.coefficient_scale.to(torch.float16).flatten(),
             group,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move to another device, never to another dtype: `to(torch.bfloat16)` is for the rest of a model."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]  # torch's
 
     def dense(self) -> nn.Linear:
         """Rebuild the ordinary layer, multiplied in float64, in float32."""

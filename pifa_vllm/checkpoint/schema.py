@@ -29,7 +29,7 @@ class FactorFormat(BaseModel):
     """How the linear modules' numbers are quantized, see `pifa_vllm.quantization`.
 
     Attributes:
-        bits: of pivot rows, and of modules that are dense.
+        bits: of pivot rows or columns, and of modules that are dense.
         coefficient_bits: of coefficients, whose errors weigh more.
         type: "int", or "float" for float8_e4m3fn.
         group_size: numbers of a row that share a scale; None for all of them.

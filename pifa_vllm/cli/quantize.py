@@ -8,9 +8,9 @@ from pathlib import Path
 from pifa_vllm.cli.compress import add_calibration, add_factors, add_running, compress, factors_from
 
 _EPILOG = """\
-Ranks and pivots stay as they are, and dense modules are quantized, too. On the text the errors of rounding are
-weighed. Killed at any moment, the same command goes on at the first unfinished layer. The output directory appears
-whole at the end, and loads wherever the input does.
+Ranks stay as they are, gate and up are stored by pivot columns, and dense modules are quantized, too. On the text
+the errors of rounding are weighed and corrected. Killed at any moment, the same command goes on at the first
+unfinished layer. The output directory appears whole at the end, and loads wherever the input does.
 """
 
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     counts = f"{len(checkpoint.modules)} compressed modules, {len(entries)} tensors, {len(files)} shards"
     print(f"OK  headers       {counts}")
     checkpoint.verify()
-    print("OK  values        all finite; pivot rows increasing and in range")
+    print("OK  values        all finite; pivots increasing and in range")
     print(f"OK  architecture  {check_architecture(checkpoint)} has these tensors, and no others")
     print(f"OK  tokenizer     {len(load_tokenizer(args.model))} tokens")
     return 0

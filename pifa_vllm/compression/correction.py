@@ -1,4 +1,4 @@
-"""What `mpifa-exact` adds to a weight before its rank is cut: the correction that later tokens will confirm.
+"""What is added to a weight before its rank is cut, or it is rounded: the correction that later tokens confirm.
 
 M aims a module at a target y instead of its own output W x. The least-squares answer is W + Δ with
 

@@ -49,7 +49,7 @@ class CompressOptions:
         model: dense Hugging Face model directory.
         output: checkpoint directory to create.
         method: "svd", "svd-llm", "mpifa" or "mpifa-exact"; or "quantize", for which the model is a PIFA checkpoint
-            that keeps its ranks and pivots.
+            that keeps its ranks.
         representation: "pifa" stores PIFA; "lowrank" budgets by plain low rank's parameter count and stores the
             reconstructed dense weights, for evaluation.
         density: density of every module, or of the model as a whole where ranks are allocated.

@@ -135,8 +135,7 @@ def _round_rows(
     weights = metric.diagonal()
     left = values.clone()
     numbers = torch.empty_like(values)
-    whole = _best_scale(values, weights, dtype)
-    scales = [] if group_size else [whole]
+    scales = [] if group_size else [_best_scale(values, weights, dtype)]
     step = group_size or _COLUMNS
     for begin in range(0, k, step):
         end = min(begin + step, k)

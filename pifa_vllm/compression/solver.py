@@ -120,6 +120,10 @@ class LayerSolver:
                 stored = quantize_columns(by_columns(factors), target, gram, self._format)
             elif self._format is not None:
                 stored = quantize_factors(factors, target, gram, self._format)
+            if isinstance(stored, QuantizedPIFA):
+                # Columns may turn out to be of less rank than the rows were.
+                rank, coefficients = len(stored.pivots), stored.values().coefficients
+                largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
             used = (stored if isinstance(stored, PIFA) else stored.values()).to(torch.float64).dense()
             self.tensors.update(module_tensors(name, stored, bias, self._dtype))

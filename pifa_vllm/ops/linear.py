@@ -173,7 +173,7 @@ def _cuda(
     check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *scales)
     if out_rows is None and coefficients.numel():
         raise ValueError("pifa::linear: out_rows: expected on GPUs wherever a rank is below m, found None.")
-    if out_rows is None and pivot_scale is None:
+    if out_rows is None and pivot_scale is None and sum(ranks) == sum(out_features):
         return linear(x, pivot_weight, bias)  # a dense matrix
     outputs = sum(out_features)
     flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, n]
@@ -195,7 +195,13 @@ def _cuda(
             coefficient_scale,
             group_size,
         )
-    elif out_rows is not None:
+    elif out_rows is None:
+        y = (
+            x.new_zeros(flat.shape[0], outputs)
+            if bias is None
+            else bias.expand(flat.shape[0], outputs).clone()
+        )
+    else:
         y = linear_cuda(flat, pivot_weight, coefficients, out_rows, *sizes, bias)
     return y.view(*x.shape[:-1], outputs)
 

@@ -70,7 +70,7 @@ class Shard:
 
     @property
     def pivots(self) -> int:
-        """Number of pivot rows."""
+        """Number of pivots."""
         return self.m if self.rank is None else self.rank
 
     def shape(self, suffix: str) -> list[int]:
@@ -112,7 +112,7 @@ class Parameters(NamedTuple):
     """What a rank holds of a layer, besides the pivots of its shards.
 
     Attributes:
-        pivot_weight: matrix; the rows that x is multiplied with first. With pivot columns flat, like
+        pivot_weight: matrix; the rows that x is multiplied with first. With pivot columns flat, as the next one is.
         coefficients: flat; the matrices that y_p is multiplied with, one after another.
         rows: int32 [outputs of this rank], where they come from or go to; derived from the pivots. With pivot
             columns [inputs of all shards], in which order they are taken.

@@ -30,8 +30,7 @@ class PivotColumnsLayout:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Numbers of all shards' matrices, and of their scales; inputs of all shards."""
-        names = ["pivot_weight", "coefficients"]
-        names += [SCALE_OF[name] for name in names if self.shards[0].kind]
+        names = ["pivot_weight", "coefficients", *map(SCALE_OF.__getitem__, ("pivot_weight", "coefficients"))]
         flat = {name: (sum(map(math.prod, self._shapes(name))),) for name in names}
         return {**flat, "rows": (sum(shard.n for shard in self.shards),)}
 
@@ -64,10 +63,8 @@ class PivotColumnsLayout:
         return y if bias is None else y + bias
 
     def _matrix(self, index: int, name: str, parameters: Parameters) -> Matrix:
-        numbers = self.part(index, name, parameters)
-        if self.shards[index].kind is None:
-            return Matrix(numbers)
-        return Matrix(numbers, self.part(index, SCALE_OF[name], parameters), parameters.group_size)
+        numbers, scale = (self.part(index, x, parameters) for x in (name, SCALE_OF[name]))
+        return Matrix(numbers, scale, parameters.group_size)
 
     def _shapes(self, suffix: str) -> list[tuple[int, int]]:
         """Of each shard's tensor on this rank."""

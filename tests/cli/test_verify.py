@@ -20,7 +20,7 @@ def test_a_good_checkpoint(twins: Twins, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["verify", str(twins.pifa)]) == 0
     assert capsys.readouterr().out == (
         "OK  headers       12 compressed modules, 44 tensors, 1 shards\n"
-        "OK  values        all finite; pivot rows increasing and in range\n"
+        "OK  values        all finite; pivots increasing and in range\n"
         "OK  architecture  LlamaForCausalLM has these tensors, and no others\n"
         "OK  tokenizer     258 tokens\n"
     )

@@ -199,3 +199,22 @@ def test_inputs_that_say_nothing_still_leave_a_module_to_quantize(layer, module)
     nothing = Moments(64, torch.device("cpu"), folds=2)
     nothing.add(torch.zeros(4, 64), torch.zeros(4, 64))
     assert torch.isfinite(solver(module, layer.linears[module].weight, nothing)).all()
+
+
+def test_columns_of_less_rank_than_the_rows_say_so(layer, moments):
+    """A pivot row of zeros: rows count it, columns have no direction for it."""
+    name, kind = f"model.layers.1.{UP}", FACTORS["int8"]
+    weight = layer.linears[UP].weight.double()
+    weight = torch.cat([torch.zeros(1, 64, dtype=torch.float64), weight[:7]])
+    rows = PIFA(weight, torch.zeros(104, 8, dtype=torch.float64), torch.arange(8, dtype=torch.int32))
+
+    class Given:
+        def load(self, _):
+            return rows
+
+    options = CompressOptions(
+        model=Path("model"), output=Path("out"), density=uniform(0.5), method="quantize", factors=kind
+    )
+    solver = LayerSolver(options, 1, layer, {name: 8}, None, torch.float32, {}, Given(), lambda _: None)
+    solver(UP, layer.linears[UP].weight, moments)
+    assert solver.reports[0].rank == 7 == len(solver.tensors[f"{name}.pivot_columns"])

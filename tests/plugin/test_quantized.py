@@ -125,7 +125,8 @@ def test_ranks_with_pivot_columns_compute_the_layer(ranks, tp_size, kind):
         own = torch.cat([b[slice(*edges)] for b, edges in zip(bias.split(sizes), outputs, strict=True)])
         y = layout.apply(fill(layout, modules), x, own)
         wanted = [x @ w[slice(*edges)].T for w, edges in zip(matrices, outputs, strict=True)]
-        torch.testing.assert_close(y, torch.cat(wanted, -1) + own, **ROUNDING)
+        # Activations are rounded twice, x and x_p + B x_r.
+        torch.testing.assert_close(y, torch.cat(wanted, -1) + own, rtol=2e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))

@@ -115,7 +115,9 @@ def implementations(shape: LayerShape, density: float, dtypes: Sequence[torch.dt
             ]
         for name in ("int8", "int4"):
             kind = FACTORS[name]
-            bits = kind.bits + 16 / (kind.group or n)
+            # With pivot columns the coefficients are [r, n - r], with rows [m - r, r].
+            rest = sum(r * ((n if min(ms) > n else m) - r) for r, m in zip(ranks, ms, strict=True))
+            bits = (kind.bits * (kept - rest) + kind.coefficient_bits * rest) / kept + 16 / (kind.group or n)
             found.append(
                 Implementation(f"pifa-{name}", dtype, kept, partial(quantized, shape, ranks, kind), bits)
             )

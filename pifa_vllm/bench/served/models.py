@@ -33,6 +33,7 @@ from pifa_vllm.checkpoint.writer import module_tensors
 from pifa_vllm.compression.allocation import allocate, kept_parameters, uniform
 from pifa_vllm.compression.decoder import LinearShape
 from pifa_vllm.compression.options import FACTORS
+from pifa_vllm.errors import CheckpointError
 from pifa_vllm.factorization import PIFA, lowrank_parameters
 from pifa_vllm.quantization import QuantizedPIFA, round_to_nearest
 
@@ -136,6 +137,8 @@ def save_random_model(
     Raises:
         CheckpointError: if it exists or cannot be written.
     """
+    if directory.exists():
+        raise CheckpointError(f"{directory}: exists; expected a directory to create.")
     generator = torch.Generator().manual_seed(seed)
     ranks = ranks_of(shape, form, density)
     kind = FACTORS[form.removeprefix("pifa-")] if form in ("pifa-int8", "pifa-int4") else None
@@ -158,8 +161,11 @@ def save_random_model(
             if linear.layer != layer:
                 continue
             if linear.name in ranks:
-                factors = _random_factors(linear.m, linear.n, ranks[linear.name], generator)
-                stored = factors if kind is None else _quantized(linear.name, factors, kind)
+                columns = kind is not None and kind.pivots(linear.name) == PIVOT_COLUMNS
+                # Columns are the rows of the transposed matrix.
+                sizes = (linear.n, linear.m) if columns else (linear.m, linear.n)
+                factors = _random_factors(*sizes, ranks[linear.name], generator)
+                stored = factors if kind is None else _quantized(factors, kind, columns=columns)
                 tensors |= module_tensors(linear.name, stored, None, dtype)
                 continue
             weight = normal(linear.m, linear.n)
@@ -228,13 +234,8 @@ def _random_factors(m: int, n: int, rank: int, generator: torch.Generator) -> PI
     )
 
 
-def _quantized(name: str, factors: PIFA, kind: FactorFormat) -> QuantizedPIFA:
-    """Rounded to nearest; of pivot columns random ones, as the rows are."""
-    columns = kind.pivots(name) == PIVOT_COLUMNS
-    if columns:
-        m, n = factors.shape
-        generator = torch.Generator().manual_seed(factors.rank)
-        factors = _random_factors(n, m, factors.rank, generator)  # of the transposed matrix
+def _quantized(factors: PIFA, kind: FactorFormat, *, columns: bool) -> QuantizedPIFA:
+    """Rounded to nearest; with `columns` the factors are of the transposed matrix."""
     weight, rest = factors.pivot_weight, factors.coefficients
     if columns:
         weight, rest = weight.T.contiguous(), rest.T.contiguous()

@@ -59,7 +59,7 @@ class Column:
 
 def axis_steps(highest: float, count: int = 4) -> list[float]:
     """Return about `count` round values from 0 that reach up to `highest` or just beyond."""
-    if highest <= 0:
+    if highest < 1e-300:  # whose steps would underflow
         return [0.0, 1.0]
     raw = highest / count
     power = 10.0 ** math.floor(math.log10(raw))

@@ -67,8 +67,9 @@ def _budget(report: CompressionReport) -> list[str]:
 
 
 def _rounding(report: CompressionReport) -> list[str]:
-    found = []
-    if report.modules:
+    found: list[str] = []
+    # Quantized numbers lose what they lose, and aim at more than the product of factors.
+    if report.modules and not report.options.get("factors"):
         worst = max(report.modules, key=lambda x: x.weight_error)
         limit = _WEIGHT_ERROR_LIMIT.get(report.dtype, 0.0)
         if worst.weight_error > limit:

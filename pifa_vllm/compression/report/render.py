@@ -38,7 +38,8 @@ METHODS = {
     "mpifa-exact": "MPIFA (arXiv 2501.19090) with its update M solved exactly, as reduced-rank regression "
     "towards the dense model's activations, cross-fitted between two halves of the samples; with feedback, o and "
     "down are also asked to undo the error that the residual stream has by then.",
-    "quantize": "The factors of a PIFA checkpoint, quantized; ranks and pivots are as they were.",
+    "quantize": "The factors of a PIFA checkpoint, quantized; ranks are as they were, and gate and up "
+    "are stored by pivot columns. Errors that rounding brings to later modules are corrected there.",
 }
 # What was added to it, by option and value.
 ADDITIONS = {

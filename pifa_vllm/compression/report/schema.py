@@ -33,7 +33,7 @@ class ModuleReport(_Entry):
         output_error: relative Frobenius error of its output against the dense weights' on the same inputs,
             ‖(W - W')X‖ / ‖WX‖; with M part of it is meant, since W' also corrects for the drift of X.
         weight_error: relative Frobenius error of the stored form, in its storage dtype, against the low-rank
-            product it stands for.
+            product it stands for; of quantized factors with what they correct in their inputs.
         max_coefficient: max |C| of the pivoting form; 0 for plain low rank and dense modules.
         seconds: wall time spent on it.
         expected_loss: nats per token that its rank costs the model by the dense model's gradients, in itself; None

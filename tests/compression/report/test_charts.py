@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pifa_vllm.compression.report.charts import (
@@ -31,6 +31,7 @@ def test_an_axis_without_data_has_a_scale() -> None:
     assert axis_steps(0.0) == [0.0, 1.0]
 
 
+@example({"q": [5e-324]})
 @settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(
