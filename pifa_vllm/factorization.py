@@ -93,7 +93,7 @@ class PIFA:
     @property
     def max_coefficient(self) -> float:
         """max |C|, 0 when there are no coefficients. Small values keep 16-bit storage accurate."""
-        return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
+        return _largest(self.coefficients)
 
     def to(self, dtype: torch.dtype) -> PIFA:
         """Round both factors to a storage dtype."""
@@ -125,6 +125,16 @@ class PivotColumns:
     pivot_weight: Tensor
     coefficients: Tensor
     pivot_columns: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of pivot columns."""
+        return self.pivot_weight.shape[1]
+
+    @property
+    def max_coefficient(self) -> float:
+        """max |B|, 0 when there are no coefficients."""
+        return _largest(self.coefficients)
 
     def to(self, dtype: torch.dtype) -> PivotColumns:
         """Round both factors to a storage dtype."""
@@ -204,6 +214,10 @@ def factorize(u: Tensor, v: Tensor, *, max_coefficient: float = 1.05) -> PIFA:
 def _check_density(density: float) -> None:
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be in [0, 1], found {density}")
+
+
+def _largest(coefficients: Tensor) -> float:
+    return float(coefficients.abs().max()) if coefficients.numel() else 0.0
 
 
 def _drop_null_directions(left: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pifa_vllm.checkpoint import FactorFormat, check_pivots
-from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS, factor_shapes
 from pifa_vllm.factorization import PIFA
 from pifa_vllm.ops import Matrix, column_order, dense, pifa_linear, pivot_columns_linear, stacked_rows
 from pifa_vllm.ops.cpu import load
@@ -158,16 +158,12 @@ class QuantizedLinear(nn.Module):
                 tensor = torch.empty(rows, width, device=device, dtype=kind_of)
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
-        m, n, rest = out_features, in_features, kind.coefficient_dtype
         if rank is None:
-            matrix("weight", "weight_scale", m, n, kind.dtype)
+            matrix("weight", "weight_scale", out_features, in_features, kind.dtype)
             return
-        if pivots == PIVOT_COLUMNS:
-            matrix("pivot_weight", "pivot_scale", m, rank, kind.dtype)
-            matrix("coefficients", "coefficient_scale", rank, n - rank, rest)
-        else:
-            matrix("pivot_weight", "pivot_scale", rank, n, kind.dtype)
-            matrix("coefficients", "coefficient_scale", m - rank, rank, rest)
+        weight, coefficients = factor_shapes(pivots, out_features, in_features, rank)
+        matrix("pivot_weight", "pivot_scale", *weight, kind.dtype)
+        matrix("coefficients", "coefficient_scale", *coefficients, kind.coefficient_dtype)
         self.register_buffer(pivots, torch.empty(rank, device=device, dtype=torch.int32))
         self.register_load_state_dict_post_hook(_finish_state_dict)  # type: ignore[no-untyped-call]  # torch's
 
@@ -189,12 +185,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m], in the dtype of x."""
         bias, group = None if self.bias is None else self.bias.to(x.dtype), self.kind.group
-        # Moving a model to another dtype moves its scales, too, which rounds them as it rounds all else.
         if self.rank is None:
-            return dense(x, Matrix(self.weight, self.weight_scale.to(torch.float16), group), bias)
-        pivots = Matrix(self.pivot_weight, self.pivot_scale.to(torch.float16), group)
-        rest = Matrix(self.coefficients, self.coefficient_scale.to(torch.float16), group)
+            return dense(x, Matrix(self.weight, self.weight_scale, group), bias)
         if self.pivots == PIVOT_COLUMNS:
+            pivots = Matrix(self.pivot_weight, self.pivot_scale, group)
+            rest = Matrix(self.coefficients, self.coefficient_scale, group)
             return pivot_columns_linear(x, pivots, rest, cast("Tensor", self.order), bias)
         return pifa_linear(
             x,
@@ -204,8 +199,8 @@ class QuantizedLinear(nn.Module):
             [self.rank],
             [self.out_features],
             bias,
-            pivots.scale,
-            self.coefficient_scale.to(torch.float16).flatten(),
+            self.pivot_scale,
+            self.coefficient_scale.flatten(),
             group,
         )
 
@@ -224,12 +219,10 @@ class QuantizedLinear(nn.Module):
         if self.rank is None:
             weight = Quantized(self.weight, self.weight_scale, self.in_features, group).values()
         else:
-            columns = self.pivots == PIVOT_COLUMNS
-            k, of_rest = (
-                (self.rank, self.in_features - self.rank) if columns else (self.in_features, self.rank)
-            )
+            (_, k), (_, of_rest) = factor_shapes(self.pivots, self.out_features, self.in_features, self.rank)
             pivots = Quantized(self.pivot_weight, self.pivot_scale, k, group)
             rest = Quantized(self.coefficients, self.coefficient_scale, of_rest, group)
+            columns = self.pivots == PIVOT_COLUMNS
             factors = QuantizedPIFA(pivots, rest, self.get_buffer(self.pivots), columns).values()
             weight = factors.to(torch.float64).dense().float()
         found = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from pifa_vllm.checkpoint import Checkpoint, read_json
+from pifa_vllm.checkpoint import Checkpoint, FactorFormat, read_json
+from pifa_vllm.compression.options import FACTORS
 from pifa_vllm.errors import CheckpointError, UnsupportedModelError
 from pifa_vllm.hf import PIFAQuantizationConfig, check_architecture
 from pifa_vllm.layers import PIFALinear
@@ -326,3 +327,18 @@ def test_autocast_reaches_the_layers(twins: Twins, grad: bool) -> None:
         model(TOKENS)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", FACTORS.values(), ids=list(FACTORS))
+def test_quantized_layers_keep_their_dtypes_and_are_saved_as_they_were(
+    kind: FactorFormat, tmp_path: Path
+) -> None:
+    dense = save_tiny_model(tmp_path / "dense", "qwen2")
+    save_pifa_twin(
+        dense, tmp_path / "pifa", tmp_path / "twin", ranks=lambda _, m, n: min(m, n) // 2, kind=kind
+    )
+    load(tmp_path / "pifa").to(torch.bfloat16).save_pretrained(tmp_path / "saved")
+    before, after = Checkpoint.open(tmp_path / "pifa"), Checkpoint.open(tmp_path / "saved")
+    after.verify()
+    for name in before.modules:
+        assert torch.equal(after.load(name).dense(), before.load(name).dense())

@@ -25,6 +25,20 @@ WEIGHT_SCALE = "weight_scale"
 BIAS = "bias"
 
 
+def factor_shapes(pivots: str, m: int, n: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of the two factors of a matrix [m, n]: of its pivots, and of the coefficients.
+
+    Args:
+        pivots: `PIVOT_ROWS` or `PIVOT_COLUMNS`.
+        m: outputs.
+        n: inputs.
+        rank: r.
+    """
+    if pivots == PIVOT_COLUMNS:
+        return (m, rank), (rank, n - rank)
+    return (rank, n), (m - rank, rank)
+
+
 class FactorFormat(BaseModel):
     """How the linear modules' numbers are quantized, see `pifa_vllm.quantization`.
 

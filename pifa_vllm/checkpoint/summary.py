@@ -79,7 +79,6 @@ def dense_weights(shards: Shards) -> Iterator[tuple[str, TensorEntry]]:
 
 def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:
     factors, dtype = checkpoint.config.factors, _name(entry.dtype)
-    coefficients = checkpoint.load(entry.name).coefficients
     if factors is not None:
         dtype = f"{_name(factors.dtype)}/{_name(factors.coefficient_dtype)}"
     return ModuleSummary(
@@ -92,7 +91,7 @@ def _compressed(checkpoint: Checkpoint, entry: ModuleEntry) -> ModuleSummary:
         dense_nbytes=entry.m * entry.n * (checkpoint.dtype if factors else entry.dtype).itemsize,
         dtype=dtype,
         bias=entry.has_bias,
-        max_coefficient=float(coefficients.abs().max()) if coefficients.numel() else 0.0,
+        max_coefficient=checkpoint.load(entry.name).max_coefficient,
     )
 
 

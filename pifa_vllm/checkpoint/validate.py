@@ -20,6 +20,7 @@ from pifa_vllm.checkpoint.schema import (
     WEIGHT_SCALE,
     FactorFormat,
     PIFAConfig,
+    factor_shapes,
     parse_section,
     read_model_config,
 )
@@ -144,11 +145,11 @@ class Checkpoint:
             CheckpointError: naming file, tensor, expected and found.
         """
         entry = self.modules[name]
-        columns = entry.pivots == PIVOT_COLUMNS
-        of_pivots, of_rest = (entry.rank, entry.n - entry.rank) if columns else (entry.n, entry.rank)
+        (_, of_pivots), (_, of_rest) = factor_shapes(entry.pivots, entry.m, entry.n, entry.rank)
         weight = self._load(f"{name}.{PIVOT_WEIGHT}", f"{name}.{PIVOT_SCALE}", of_pivots)
         coefficients = self._load(f"{name}.{COEFFICIENTS}", f"{name}.{COEFFICIENT_SCALE}", of_rest)
-        return (PivotColumns if columns else PIFA)(weight, coefficients, self.pivots(name))
+        form = PivotColumns if entry.pivots == PIVOT_COLUMNS else PIFA
+        return form(weight, coefficients, self.pivots(name))
 
     def load_dense(self, name: str) -> Tensor:
         """Load one module's weight that is dense; where it is quantized, as what it stands for, in float32.
@@ -351,9 +352,7 @@ def _check_quantized_module(
             f"{min(m, n)} of a matrix [{m}, {n}], found {rank}."
         )
     pivots = factors.pivots(name)
-    weight, coefficients = ((m, rank), (rank, n - rank))
-    if pivots == PIVOT_ROWS:
-        weight, coefficients = ((rank, n), (m - rank, rank))
+    weight, coefficients = factor_shapes(pivots, m, n, rank)
     for numbers, scale, shape, dtype in (
         (PIVOT_WEIGHT, PIVOT_SCALE, weight, factors.dtype),
         (COEFFICIENTS, COEFFICIENT_SCALE, coefficients, factors.coefficient_dtype),

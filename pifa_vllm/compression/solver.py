@@ -28,7 +28,7 @@ from pifa_vllm.compression.options import CompressOptions
 from pifa_vllm.compression.quantize import quantize_columns, quantize_factors, round_matrix
 from pifa_vllm.compression.report.schema import ModuleReport
 from pifa_vllm.errors import PifaError
-from pifa_vllm.factorization import PIFA, by_columns, factorize
+from pifa_vllm.factorization import PIFA, PivotColumns, by_columns, factorize
 from pifa_vllm.quantization import QuantizedPIFA
 
 
@@ -115,17 +115,19 @@ class LayerSolver:
             if factors is None:
                 factors = factorize(u, v)
             rank, largest = factors.rank, factors.max_coefficient
-            stored: PIFA | QuantizedPIFA = factors.to(self._dtype)
-            if self._format is not None and self._format.pivots(name) == PIVOT_COLUMNS:
-                stored = quantize_columns(by_columns(factors), target, gram, self._format)
-            elif self._format is not None:
-                stored = quantize_factors(factors, target, gram, self._format)
-            if isinstance(stored, QuantizedPIFA):
+            plain = factors.to(self._dtype)
+            stored: PIFA | QuantizedPIFA = plain
+            values: PIFA | PivotColumns = plain
+            if self._format is not None:
+                if self._format.pivots(name) == PIVOT_COLUMNS:
+                    rounded = quantize_columns(by_columns(factors), target, gram, self._format)
+                else:
+                    rounded = quantize_factors(factors, target, gram, self._format)
+                stored, values = rounded, rounded.values()
                 # Columns may turn out to be of less rank than the rows were.
-                rank, coefficients = len(stored.pivots), stored.values().coefficients
-                largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
+                rank, largest = values.rank, values.max_coefficient
             # In float64 before rounding once: the product of stored factors, not of a float32 GEMM's error.
-            used = (stored if isinstance(stored, PIFA) else stored.values()).to(torch.float64).dense()
+            used = values.to(torch.float64).dense()
             self.tensors.update(module_tensors(name, stored, bias, self._dtype))
         else:
             rank, largest = self._ranks[name], 0.0

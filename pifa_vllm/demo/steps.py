@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from pifa_vllm.checkpoint import load_tokenizer, read_config
+from pifa_vllm.checkpoint import FactorFormat, load_tokenizer, read_config
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.compression.allocation import Recipe, uniform
 from pifa_vllm.compression.calibration.samples import load_samples
@@ -72,7 +72,9 @@ class Demo:
         tokens = self._calibration_tokens()
         self._compress_by("svd-llm", "lowrank", tokens)
         directory = self._compress_by("mpifa-exact", "pifa", tokens)
-        return directory if self.factors is None else self._compress_by("quantize", "pifa", tokens)
+        if self.factors is None:
+            return directory
+        return self._compress_by("quantize", "pifa", tokens, directory, FACTORS[self.factors])
 
     def compare(self) -> None:
         """Print the perplexities of the dense model and the compressed ones, side by side."""
@@ -114,17 +116,24 @@ class Demo:
             self.console.print(f"the server goes on at {server.url}/v1 (Ctrl-C stops it)")
             server.wait()
 
-    def _compress_by(self, method: Method, representation: Representation, tokens: Path) -> Path:
-        directory, quantize = self._directory(method), method == "quantize"
-        what = f"the same in {self.factors}" if quantize else f"{method} at density {self.density.density:g}"
-        self._heading(what, directory)
+    def _compress_by(
+        self,
+        method: Method,
+        representation: Representation,
+        tokens: Path,
+        model: Path | None = None,
+        factors: FactorFormat | None = None,
+    ) -> Path:
+        """Compress the dense model, or quantize another one at the density that it has."""
+        directory = self._directory(method)
+        to = "" if factors is None else f" to {self.factors}"
+        self._heading(f"{method}{to} at density {self.density.density:g}", directory)
         if not directory.exists():
-            model = self._directory("mpifa-exact") if quantize else self.dense
             options = CompressOptions(
-                model=model,
+                model=model or self.dense,
+                density=self.density if model is None else uniform(read_config(model).density),
+                factors=factors,
                 output=directory,
-                density=uniform(read_config(model).density) if quantize else self.density,
-                factors=FACTORS[self.factors] if quantize and self.factors else None,
                 method=method,
                 representation=representation,
                 calibration=str(tokens),

@@ -169,41 +169,23 @@ def _cuda(
     coefficient_scale: Tensor | None = None,
     group_size: int = 0,
 ) -> Tensor:
+    factors = (pivot_weight, coefficients, out_rows, list(ranks), list(out_features), bias)
     scales = (pivot_scale, coefficient_scale, group_size)
-    check_arguments(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *scales)
+    check_arguments(x, *factors, *scales)
     if out_rows is None and coefficients.numel():
         raise ValueError("pifa::linear: out_rows: expected on GPUs wherever a rank is below m, found None.")
-    if out_rows is None and pivot_scale is None and sum(ranks) == sum(out_features):
-        return linear(x, pivot_weight, bias)  # a dense matrix
+    if out_rows is None and pivot_scale is None:
+        # A dense matrix, or none of whose rows is a pivot row.
+        whole = sum(ranks) == sum(out_features)
+        return linear(x, pivot_weight, bias) if whole else pifa_linear_reference(x, *factors)
     outputs = sum(out_features)
     flat = x.reshape(-1, x.shape[-1]).contiguous()  # [tokens, n]
     if flat.shape[0] == 0 or outputs == 0:
         return x.new_empty((*x.shape[:-1], outputs))
     # Not at the top: Triton is imported where a GPU is used.
-    from pifa_vllm.ops.triton import linear_cuda, quantized_cuda
+    from pifa_vllm.ops.triton import linear_cuda
 
-    sizes = list(ranks), list(out_features)
-    if pivot_scale is not None and coefficient_scale is not None:
-        y = quantized_cuda(
-            flat,
-            pivot_weight,
-            coefficients,
-            out_rows,
-            *sizes,
-            bias,
-            pivot_scale,
-            coefficient_scale,
-            group_size,
-        )
-    elif out_rows is None:
-        y = (
-            x.new_zeros(flat.shape[0], outputs)
-            if bias is None
-            else bias.expand(flat.shape[0], outputs).clone()
-        )
-    else:
-        y = linear_cuda(flat, pivot_weight, coefficients, out_rows, *sizes, bias)
-    return y.view(*x.shape[:-1], outputs)
+    return linear_cuda(flat, *factors, *scales).view(*x.shape[:-1], outputs)
 
 
 def _fake(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.checkpoint import FactorFormat
-from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS
+from pifa_vllm.checkpoint.schema import PIVOT_COLUMNS, PIVOT_ROWS, factor_shapes
 from pifa_vllm.ops import pifa_linear, stacked_rows
 from pifa_vllm.quantization import groups, row_width, unit
 
@@ -75,12 +75,10 @@ class Shard:
 
     def shape(self, suffix: str) -> list[int]:
         """Shape of one of its matrices in the checkpoint."""
-        if self.rank is not None and self.pivots_name == PIVOT_COLUMNS:
-            rows, k = (self.rank, self.n - self.rank) if is_coefficients(suffix) else (self.m, self.rank)
-        else:
-            rows, k = (
-                (self.m - self.pivots, self.pivots) if is_coefficients(suffix) else (self.pivots, self.n)
-            )
+        # A dense one is all pivot rows, whatever the others have.
+        pivots = PIVOT_ROWS if self.rank is None else self.pivots_name
+        weight, coefficients = factor_shapes(pivots, self.m, self.n, self.pivots)
+        rows, k = coefficients if is_coefficients(suffix) else weight
         return [rows, self.columns(suffix, 0, k).stop]
 
     def dtype(self, suffix: str, served: torch.dtype) -> torch.dtype:

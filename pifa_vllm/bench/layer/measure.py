@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import linear
 from torch.utils.benchmark import Timer
 
+from pifa_vllm import ops
 from pifa_vllm.bench.layer.forwards import (
     Forward,
     Implementation,
@@ -33,7 +34,7 @@ from pifa_vllm.bench.shapes import LayerShape
 from pifa_vllm.compression.options import FACTORS
 from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import lowrank_parameters, lowrank_rank, pifa_parameters, pifa_rank
-from pifa_vllm.ops import pifa_linear
+from pifa_vllm.ops import Matrix
 from pifa_vllm.quantization import round_to_nearest
 
 # Beyond any last-level cache of a single socket that is common today.
@@ -199,8 +200,8 @@ def to_json(rows: Sequence[Row], machine: dict[str, Any], command: str) -> dict[
 
 
 def _dense_ours(shape: LayerShape, dtype: torch.dtype) -> Forward:
-    weight = random_matrix(shape.m, shape.n, dtype)
-    return lambda x: pifa_linear(x, weight, weight.new_empty(0), None, [shape.m], [shape.m])
+    matrix = Matrix(random_matrix(shape.m, shape.n, dtype))
+    return lambda x: ops.dense(x, matrix)
 
 
 def _dense_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
@@ -216,17 +217,17 @@ def _dense_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
 
 def _dense_int8_vllm(shape: LayerShape, dtype: torch.dtype) -> Forward:
     """What vLLM's CPUInt8ScaledMMLinearKernel runs on oneDNN: weights by output, activations by token."""
-    from vllm import _custom_ops as ops
+    from vllm import _custom_ops as vllm_ops
 
     found = round_to_nearest(random_matrix(shape.m, shape.n, torch.float32), torch.int8, 0)
     weight_scale = found.scale.float()
-    handler = ops.create_onednn_scaled_mm(found.numbers.T, weight_scale, dtype, True, False, 32)
+    handler = vllm_ops.create_onednn_scaled_mm(found.numbers.T, weight_scale, dtype, True, False, 32)
 
     def forward(x: Tensor) -> Tensor:
-        numbers, scale, zero = ops.onednn_scaled_int8_quant(x, None, None, True)
+        numbers, scale, zero = vllm_ops.onednn_scaled_int8_quant(x, None, None, True)
         # The handler keeps the scales' address and not the tensor.
         y = x.new_empty(len(x), len(weight_scale))
-        ops.onednn_scaled_mm(handler, numbers, y, scale, zero, None, None)
+        vllm_ops.onednn_scaled_mm(handler, numbers, y, scale, zero, None, None)
         return y
 
     return forward

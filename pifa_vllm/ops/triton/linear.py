@@ -23,10 +23,13 @@ def linear_cuda(
     x: Tensor,
     pivot_weight: Tensor,
     coefficients: Tensor,
-    out_rows: Tensor,
+    out_rows: Tensor | None,
     ranks: Sequence[int],
     out_features: Sequence[int],
     bias: Tensor | None,
+    pivot_scale: Tensor | None = None,
+    coefficient_scale: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     """Compute y = x Wᵀ + b for stacked matrices in pivoting form (arXiv 2501.19090, section 3) on a GPU.
 
@@ -40,10 +43,13 @@ def linear_cuda(
         pivot_weight: [Σr, n] in the dtype of x, the shards' pivot rows stacked.
         coefficients: [Σ (m_i - r_i) r_i] in the dtype of x, the shards' row-major matrices one after another.
         out_rows: int32 [Σm], the output column of each row of the stacked [pivot rows of all shards; remaining rows
-            of shard 0; of shard 1; ...], a permutation.
+            of shard 0; of shard 1; ...], a permutation. None only with quantized factors and without coefficients.
         ranks: r_i per shard, 0 to m_i.
         out_features: m_i per shard.
         bias: [Σm] in output order, or None.
+        pivot_scale: of quantized factors, as the two that follow; see `pifa_linear`.
+        coefficient_scale: likewise.
+        group_size: likewise.
 
     Returns:
         [tokens, Σm] in the dtype of x; sums are float32, y_p is rounded to the dtype of x between the products
@@ -54,30 +60,16 @@ def linear_cuda(
     device = describe(x.get_device())
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device(x.get_device()):
+        if pivot_scale is not None and coefficient_scale is not None:
+            scales = pivot_scale, coefficient_scale, group_size
+            rounded = plan_quantized(device, bits, tokens, n, ranks)
+            return quantized(
+                x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *scales, rounded
+            )
+        if out_rows is None:
+            raise ValueError("pifa::linear: out_rows: expected on GPUs beside plain factors, found None.")
         if tokens <= DECODE_TOKENS:
             plan = plan_decode(device, bits, tokens, n, ranks, out_features)
             return decode(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, plan)
         tiles = plan_prefill(device, bits, tokens, n, ranks, out_features)
         return prefill(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, tiles)
-
-
-def quantized_cuda(
-    x: Tensor,
-    pivot_weight: Tensor,
-    coefficients: Tensor,
-    out_rows: Tensor | None,
-    ranks: Sequence[int],
-    out_features: Sequence[int],
-    bias: Tensor | None,
-    pivot_scale: Tensor,
-    coefficient_scale: Tensor,
-    group_size: int,
-) -> Tensor:
-    """Compute the same with quantized factors, see `pifa_linear` for them; it checks nothing, either."""
-    tokens, n = x.shape
-    plan = plan_quantized(describe(x.get_device()), 8 * x.element_size(), tokens, n, ranks)
-    with torch.cuda.device(x.get_device()):
-        return quantized(
-            x, pivot_weight, coefficients, out_rows, ranks, out_features, bias,
-            pivot_scale, coefficient_scale, group_size, plan,
-        )  # fmt: skip
