@@ -45,6 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cubins = kinds.add_parser("cubins", help="compile the Triton kernels for NVIDIA GPUs, without one")
     cubins.add_argument("--output", type=Path, required=True, metavar="JSON", help="registers, spills, ...")
     cubins.set_defaults(run=run_cubins)
+    host = kinds.add_parser(
+        "host", help="what a call of the Triton kernels costs the processor, without a GPU"
+    )
+    host.add_argument("--output", type=Path, required=True, metavar="JSON", help="microseconds")
+    host.set_defaults(run=run_host)
     table = kinds.add_parser("table", help="print the results of a benchmark as Markdown")
     table.add_argument("results", type=Path, metavar="JSON")
     table.set_defaults(run=run_table)
@@ -142,6 +147,15 @@ def run_cubins(args: argparse.Namespace) -> int:
     from pifa_vllm.bench.gpu.cubins import cubins
 
     cubins(args.output, say=lambda line: print(line, flush=True))
+    return 0
+
+
+def run_host(args: argparse.Namespace) -> int:
+    """Measure and write."""
+    from pifa_vllm.bench.gpu.host import write
+    from pifa_vllm.cli.compress import command_line
+
+    write(args.output, command_line(sys.argv))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,6 +99,40 @@ def check_arguments(
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
+    scaled = pivot_scale is not None
+    if scaled != (coefficient_scale is not None):
+        raise ValueError("pifa::linear: expected scales of both factors or of none, found those of one.")
+    stored = (pivot_weight.dtype, coefficients.dtype) if scaled else None
+    expected = _expected(x.shape[-1], tuple(ranks), tuple(out_features), x.dtype, stored, group_size)
+    device = x.device
+    found = (pivot_weight, coefficients, out_rows, bias, pivot_scale, coefficient_scale)
+    for tensor, (name, shape, dtype) in zip(found, expected, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise ValueError(f"pifa::linear: {name}: expected {dtype}, found {tensor.dtype}.")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"pifa::linear: {name}: expected shape {list(shape)}, found {list(tensor.shape)}."
+            )
+        if tensor.device != device:
+            raise ValueError(f"pifa::linear: {name}: expected on {x.device} like x, found {tensor.device}.")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"pifa::linear: {name}: expected a contiguous tensor, found strides {tensor.stride()}."
+            )
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(
+    n: int,
+    ranks: tuple[int, ...],
+    out_features: tuple[int, ...],
+    dtype: torch.dtype,
+    stored: tuple[torch.dtype, torch.dtype] | None,
+    group_size: int,
+) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """Name, shape and dtype of what follows x in `check_arguments`; as served, one call a layer."""
     if len(ranks) != len(out_features):
         raise ValueError(
             f"pifa::linear: expected as many ranks as out_features, found {len(ranks)} and {len(out_features)}."
@@ -105,51 +140,31 @@ def check_arguments(
     for i, (r, m) in enumerate(zip(ranks, out_features, strict=True)):
         if not 0 <= r <= m:
             raise ValueError(f"pifa::linear: ranks[{i}]: expected 0 to {m}, found {r}.")
-    if (pivot_scale is None) != (coefficient_scale is None):
-        raise ValueError("pifa::linear: expected scales of both factors or of none, found those of one.")
-    stored = {"pivot_weight": x.dtype, "coefficients": x.dtype}
-    if pivot_scale is not None:
-        for name, factor in (("pivot_weight", pivot_weight), ("coefficients", coefficients)):
-            stored[name] = factor.dtype
-            if factor.dtype not in DTYPES.values():
+    if stored is not None:
+        for name, found in zip(("pivot_weight", "coefficients"), stored, strict=True):
+            if found not in DTYPES.values():
                 raise ValueError(
-                    f"pifa::linear: {name}: expected int8, uint8 or float8_e4m3fn with scales, "
-                    f"found {factor.dtype}."
+                    f"pifa::linear: {name}: expected int8, uint8 or float8_e4m3fn with scales, found {found}."
                 )
-        if (pivot_weight.dtype == torch.float8_e4m3fn) != (coefficients.dtype == torch.float8_e4m3fn):
+        if len({found == torch.float8_e4m3fn for found in stored}) > 1:
             raise ValueError(
                 "pifa::linear: expected float8_e4m3fn of both factors or of none, found "
-                f"{pivot_weight.dtype} and {coefficients.dtype}."
+                f"{stored[0]} and {stored[1]}."
             )
         if group_size not in (0, *GROUP_SIZES):
             raise ValueError(f"pifa::linear: group_size: expected 0, 32, 64, 128 or 256, found {group_size}.")
-    n, rest = x.shape[-1], [(m - r, r) for r, m in zip(ranks, out_features, strict=True)]
-    width = row_width(n, stored["pivot_weight"])
-    numbers = sum(rows * row_width(r, stored["coefficients"]) for rows, r in rest)
+    of_pivots, of_rest = stored or (dtype, dtype)
+    rest = [(m - r, r) for r, m in zip(ranks, out_features, strict=True)]
+    numbers = sum(rows * row_width(r, of_rest) for rows, r in rest)
     scales = sum(rows * groups(r, group_size) for rows, r in rest)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
-        "pivot_weight": (pivot_weight, (sum(ranks), width), stored["pivot_weight"]),
-        "coefficients": (coefficients, (numbers,), stored["coefficients"]),
-        "out_rows": (out_rows, (sum(out_features),), torch.int32),
-        "bias": (bias, (sum(out_features),), x.dtype),
-        "pivot_scale": (pivot_scale, (sum(ranks), groups(n, group_size)), torch.float16),
-        "coefficient_scale": (coefficient_scale, (scales,), torch.float16),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise ValueError(f"pifa::linear: {name}: expected {dtype}, found {tensor.dtype}.")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"pifa::linear: {name}: expected shape {list(shape)}, found {list(tensor.shape)}."
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"pifa::linear: {name}: expected on {x.device} like x, found {tensor.device}.")
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"pifa::linear: {name}: expected a contiguous tensor, found strides {tensor.stride()}."
-            )
+    return (
+        ("pivot_weight", (sum(ranks), row_width(n, of_pivots)), of_pivots),
+        ("coefficients", (numbers,), of_rest),
+        ("out_rows", (sum(out_features),), torch.int32),
+        ("bias", (sum(out_features),), dtype),
+        ("pivot_scale", (sum(ranks), groups(n, group_size)), torch.float16),
+        ("coefficient_scale", (scales,), torch.float16),
+    )
 
 
 def _checked_reference(x: Tensor, *arguments: Any) -> Tensor:

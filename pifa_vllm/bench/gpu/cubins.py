@@ -21,10 +21,11 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from pifa_vllm.checkpoint.atomic import replace_text
 from pifa_vllm.errors import PifaError
-from pifa_vllm.ops.triton import configs, decode, partials, prefill, quantized, shards
+from pifa_vllm.ops.triton import configs, decode, partials, prefill, quantized
 
 _MODULES = {"decode": decode, "partials": partials, "prefill": prefill, "quantized": quantized}
 # What `--factors` makes: the kernel, the kind of its numbers, and how many share a scale.
@@ -177,12 +178,18 @@ def complaints(variant: Variant, figures: Figures) -> list[str]:
     return found
 
 
-def source_hash() -> str:
-    """Hash what the figures depend on: the kernels' source and their tables."""
-    digest = hashlib.sha256()
-    for module in (configs, decode, partials, prefill, quantized, shards):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
+def source_hash(variant: Variant) -> str:
+    """Hash what a variant's figures depend on: the source of its kernel and of what that calls, and its options."""
+    kernel = getattr(_MODULES[variant.module], variant.kernel)
+    sources: dict[str, str] = {}
+    todo = [kernel]
+    while todo:
+        function = todo.pop()
+        sources[function.__name__] = function.src
+        names = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
+        todo += [x for x in names if isinstance(x, JITFunction) and x.__name__ not in sources]
+    parts = [sorted(sources.items()), list(kernel.do_not_specialize), variant]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def cubins(
@@ -195,7 +202,7 @@ def cubins(
     """Compile the kernels of these families and dtypes and write their figures as JSON.
 
     Args:
-        output: JSON file; figures of other families and dtypes of the same source are kept.
+        output: JSON file, written after every kernel; figures of kernels whose source is the same are kept.
         families: keys of `CHIPS`.
         dtypes: keys of `DTYPES`.
         say: receives one line per kernel.
@@ -204,28 +211,27 @@ def cubins(
         PifaError: if a kernel spills registers, needs too much memory, or lacks the instructions it should have;
             the figures are written all the same.
     """
-    hashed = source_hash()
-    before: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"source": None}
-    rows = [
-        row
-        for row in (before["kernels"] if before["source"] == hashed else [])
-        if row["family"] not in families or row["dtype"] not in dtypes
-    ]
-    bad = []
-    for family in families:
-        for dtype in dtypes:
-            for variant in variants(family, dtype):
-                figures = compile_variant(variant)
-                row = {**asdict(variant), **asdict(figures)}
-                del row["options"]
-                row |= {"warps": variant.options["num_warps"], "complaints": complaints(variant, figures)}
-                rows.append(row)
-                say(" ".join(f"{k}={v}" for k, v in row.items()))
-                bad += [f"{_name(variant)}: {text}" for text in row["complaints"]]
-    results = {"source": hashed, "triton": triton.__version__, "kernels": rows}
-    # A line per kernel.
-    text = json.dumps(results).replace('{"family"', '\n{"family"') + "\n"
-    replace_text(output, text)
+    results: dict[str, Any] = {"triton": triton.__version__, "kernels": []}
+    if output.exists():
+        before = json.loads(output.read_text())
+        if before["triton"] == triton.__version__:
+            results = before
+    every = [v for family, dtype in itertools.product(CHIPS, DTYPES) for v in variants(family, dtype)]
+    wanted = {source_hash(variant): variant for variant in every}
+    rows = {row["source"]: row for row in results["kernels"] if row["source"] in wanted}
+    for hashed, variant in wanted.items():
+        if hashed in rows or variant.family not in families or variant.dtype not in dtypes:
+            continue
+        figures = compile_variant(variant)
+        row = {**asdict(variant), **asdict(figures)}
+        del row["options"]
+        row |= {"warps": variant.options["num_warps"], "complaints": complaints(variant, figures)}
+        rows[hashed] = row | {"source": hashed}
+        say(" ".join(f"{k}={v}" for k, v in row.items()))
+        results["kernels"] = [rows[x] for x in wanted if x in rows]
+        # A line per kernel.
+        replace_text(output, json.dumps(results).replace('{"family"', '\n{"family"') + "\n")
+    bad = [f"{_name(wanted[x])}: {text}" for x in rows for text in rows[x]["complaints"]]
     if bad:
         raise PifaError(f"{output}: the compiled kernels are not as they should be. {'; '.join(bad)}.")
     return results

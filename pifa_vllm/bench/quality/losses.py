@@ -65,15 +65,22 @@ def loss_table(results: dict[str, Any], text: str) -> str:
 
 
 def pair_table(results: dict[str, Any], text: str) -> str | None:
-    """Every variant against the plan's `against` at the same density and seeds; None where nothing compares."""
+    """Every variant against the plan's `against` at the same density and seeds; None where nothing compares.
+
+    What is a directory in the plan has no seed: it was made from the checkpoint of the first one.
+    """
     against, groups = results["against"], measured(results, text)
     lines = []
     for base in groups:
         for other in groups:
             if base.variant != against or other.variant == against or other.density != base.density:
                 continue
-            if seeds := [seed for seed in base.rows if seed in other.rows]:
-                pairs = zip(other.nll(seeds), base.nll(seeds), strict=True)
+            seeds = [seed for seed in base.rows if seed in other.rows]
+            own: list[int | None] = list(seeds)
+            if None in other.rows and not seeds:
+                own, seeds = [None], [min(base.rows, key=lambda seed: seed or 0)]
+            if seeds:
+                pairs = zip(other.nll(own), base.nll(seeds), strict=True)
                 difference = _with_error([x - y for x, y in pairs], sign="+")
                 lines.append([other.variant, f"{base.density:g}", difference, ", ".join(map(str, seeds))])
     columns = ("variant", "density", f"nats more than {against}", "seeds")

@@ -88,12 +88,15 @@ void run(const Layer<X, Quantized>& layer, const at::Tensor& x, at::Tensor& y) {
   const Scratch scratch{x.options()};
   const auto few = [&](auto t) {
     constexpr int kTokens = decltype(t)::value;
-    quantized_decode<kTokens>(layer, in, out, scratch(quantized_decode_scratch<kTokens>(layer, threads)), threads);
+    float* const memory = scratch(quantized_decode_scratch<kTokens>(layer, threads));
+    quantized_decode<kTokens>(layer, in, out, int(tokens), memory, threads);
   };
   if (tokens == 1) few(std::integral_constant<int, 1>{});
   else if (tokens == 2) few(std::integral_constant<int, 2>{});
   else if (tokens == 3) few(std::integral_constant<int, 3>{});
   else if (tokens == 4) few(std::integral_constant<int, 4>{});
+  // Half of a vector over tokens would be empty.
+  else if (kLanes > 8 && tokens <= 8) few(std::integral_constant<int, 8>{});
   else if (tokens > kLanes) quantized_prefill<2>(layer, in, out, tokens, scratch, threads);
   else quantized_prefill<1>(layer, in, out, tokens, scratch, threads);
 }
@@ -244,7 +247,9 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   shape.back() = outputs;
   at::Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  if (!quantized && kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > 2 * kLanes) {
+  // Calling the library costs what small layers take.
+  const int64_t most = pivot_weight.numel() + coefficients.numel() > 1 << 20 ? 4 : 2 * kLanes;
+  if (!quantized && kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > most) {
     run_library(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, y);
     return y;
   }

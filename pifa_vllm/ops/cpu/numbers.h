@@ -93,6 +93,12 @@ struct Int4 {
   static int64_t width(int64_t k) { return (k + kBlock - 1) / kBlock * (kBlock / 2); }
 
   static void read(const uint8_t* row, int64_t b, vint (&out)[kParts]) {
+#if PIFA_LANES == 16 && defined(__AVX512BW__)
+    const __m256i packed = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + b * (kBlock / 2))));
+    const __m256i low = _mm256_and_si256(packed, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(packed, 4);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    out[0] = (vint)_mm512_sub_epi16(both, _mm512_set1_epi16(8));
+#else
     typedef uint8_t half __attribute__((vector_size(kBlock / 2)));
     half packed;
     std::memcpy(&packed, row + b * (kBlock / 2), sizeof packed);
@@ -104,6 +110,7 @@ struct Int4 {
 #else
     out[0] = widen_bytes((vbyte)low);
     out[1] = widen_bytes((vbyte)high);
+#endif
 #endif
   }
 };

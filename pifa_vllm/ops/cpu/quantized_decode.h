@@ -110,9 +110,9 @@ int64_t quantized_decode_scratch(const L& layer, int threads) {
   return floats;
 }
 
-// y [T, outputs] = layer(x [T, n]).
+// y [tokens, outputs] = layer(x [tokens, n]) of at most T tokens; the others are multiplied as they are, for nothing.
 template <int T, typename X>
-void quantized_decode(const Layer<X, Quantized>& layer, const X* x, X* y, float* scratch, int threads) {
+void quantized_decode(const Layer<X, Quantized>& layer, const X* x, X* y, int tokens, float* scratch, int threads) {
   constexpr int64_t kTile = 4;
   const Staged staged_x = Staged::at(scratch, layer.n, T);
   std::vector<Staged> staged_y;
@@ -135,18 +135,19 @@ void quantized_decode(const Layer<X, Quantized>& layer, const X* x, X* y, float*
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t column = layer.column(stacked + r);
         const float shift = layer.bias ? to_float(layer.bias[column]) : 0.0f;
-        for (int t = 0; t < T; ++t) from_float(out[r * T + t] + shift, y + t * layer.outputs + column);
+        for (int t = 0; t < tokens; ++t) from_float(out[r * T + t] + shift, y + t * layer.outputs + column);
       }
     };
 
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < T * staged_x.chunks(); ++i) staged_x.put(x + i % T * layer.n, int(i % T), i / T);
+    for (int64_t i = 0; i < tokens * staged_x.chunks(); ++i)
+      staged_x.put(x + i % tokens * layer.n, int(i % tokens), i / tokens);
 
     Shares::Share share;
     while (pivots.take(share)) {
       multiply(layer.pivot_weight, share.begin, share.end, staged_x);
       for (int64_t r = share.begin; r < share.end; ++r)
-        for (int t = 0; t < T; ++t) y_p[t * layer.pivots + r] = out[(r - share.begin) * T + t];
+        for (int t = 0; t < tokens; ++t) y_p[t * layer.pivots + r] = out[(r - share.begin) * T + t];
       write(share.begin, share.end - share.begin);
     }
 #pragma omp barrier
@@ -154,8 +155,8 @@ void quantized_decode(const Layer<X, Quantized>& layer, const X* x, X* y, float*
     for (size_t s = 0; s < staged_y.size(); ++s) {
       const float* const own = y_p + layer.shards[s].pivot_begin;
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < T * staged_y[s].chunks(); ++i)
-        staged_y[s].put(own + i % T * layer.pivots, int(i % T), i / T);
+      for (int64_t i = 0; i < tokens * staged_y[s].chunks(); ++i)
+        staged_y[s].put(own + i % tokens * layer.pivots, int(i % tokens), i / tokens);
     }
 #pragma omp barrier
 

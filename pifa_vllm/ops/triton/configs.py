@@ -9,18 +9,17 @@ measurements on GPUs (`make gpu-check`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 
-from pifa_vllm.ops.triton.shards import count_tiles
+from pifa_vllm.ops.triton.shards import cdiv, count_tiles
 
 # The last token count that the decode kernels take.
 DECODE_TOKENS = 64
-_BUCKETS = (1, 16, 32, 64)
+_BUCKETS = (1, 16, 32, DECODE_TOKENS)
 # Splits of n in the first launch.
 SPLITS = (1, 2, 4, 8)
 # What splitting costs, in multiplications of one of an H100's multiprocessors: the launch that sums (1.5 µs), and
@@ -165,6 +164,23 @@ PREFILL: dict[str, dict[int, tuple[PrefillTile, ...]]] = {
 }
 
 
+def bucket(tokens: int) -> int:
+    """Round a token count up to one that plans are made for: of prefills, eight to each power of two."""
+    for size in _BUCKETS:
+        if tokens <= size:
+            return size
+    step = max(DECODE_TOKENS, 1 << (tokens - 1).bit_length() - 4)
+    return cdiv(tokens, step) * step
+
+
+def buckets(tokens: int) -> Iterator[int]:
+    """List the buckets of all token counts up to this one, in ascending order."""
+    size = 0
+    while size < tokens:
+        size = bucket(size + 1)
+        yield size
+
+
 @cache
 def describe(index: int) -> Device:
     """Describe the GPU of this index."""
@@ -179,22 +195,18 @@ def plan_decode(
 
     Of the token count only its bucket matters.
     """
-    block_tokens = next(bucket for bucket in _BUCKETS if tokens <= bucket)
+    block_tokens = bucket(tokens)
     large, small = DECODE[bits][block_tokens]
     pivots, wanted = sum(ranks), device.multiprocessors
     second = large if count_tiles(ranks, out_features, large.rows) >= wanted else small
-    if triton.cdiv(pivots, large.rows) >= wanted:
+    if cdiv(pivots, large.rows) >= wanted:
         first, splits = large, 1
-    elif block_tokens == 16 and 2 * triton.cdiv(pivots, small.rows) >= wanted:
+    elif block_tokens == 16 and 2 * cdiv(pivots, small.rows) >= wanted:
         # A third launch costs more than the idle multiprocessors; with more tokens, reading x for small tiles does.
         first, splits = small, 1
     else:
         first = small if block_tokens == 1 else large
-        enough = (
-            s
-            for s in SPLITS
-            if s * triton.cdiv(pivots, first.rows) >= wanted or 4 * s > triton.cdiv(n, first.k)
-        )
+        enough = (s for s in SPLITS if s * cdiv(pivots, first.rows) >= wanted or 4 * s > cdiv(n, first.k))
         splits = next(enough, SPLITS[-1])
     return DecodePlan(block_tokens, splits, first, second, device.precision, device.overlap)
 
@@ -208,16 +220,16 @@ def plan_prefill(
     """
 
     def time(tile: PrefillTile, row_tiles: int, depth: int, splits: int = 1) -> float:
-        programs = triton.cdiv(tokens, tile.tokens) * row_tiles * splits
-        waves: int = triton.cdiv(programs, device.multiprocessors)
-        steps: int = triton.cdiv(triton.cdiv(depth, tile.k), splits)
+        programs = cdiv(tokens, tile.tokens) * row_tiles * splits
+        waves = cdiv(programs, device.multiprocessors)
+        steps = cdiv(cdiv(depth, tile.k), splits)
         work = waves * tile.tokens * tile.rows * steps * tile.k / tile.speed
         return work if splits == 1 else work + _SUM_COST + _PART_COST * splits * tokens * sum(ranks)
 
     tiles = PREFILL[device.family][bits]
     first, splits = min(
         itertools.product(tiles, SPLITS),
-        key=lambda choice: time(choice[0], triton.cdiv(sum(ranks), choice[0].rows), n, choice[1]),
+        key=lambda choice: time(choice[0], cdiv(sum(ranks), choice[0].rows), n, choice[1]),
     )
     second = min(tiles, key=lambda tile: time(tile, count_tiles(ranks, out_features, tile.rows), max(ranks)))
     return PrefillPlan(first, second, splits, device.precision)
@@ -228,8 +240,8 @@ def plan_quantized(device: Device, bits: int, tokens: int, n: int, ranks: Sequen
     table = QUANTIZED[bits]
     block_tokens = next((size for size in table if tokens <= size), max(table))
     tile = table[block_tokens]
-    programs = triton.cdiv(sum(ranks), tile.rows) * triton.cdiv(tokens, block_tokens)
-    enough = (s for s in SPLITS if s * programs >= device.multiprocessors or 4 * s > triton.cdiv(n, tile.k))
+    programs = cdiv(sum(ranks), tile.rows) * cdiv(tokens, block_tokens)
+    enough = (s for s in SPLITS if s * programs >= device.multiprocessors or 4 * s > cdiv(n, tile.k))
     return QuantizedPlan(block_tokens, tile, tile, next(enough, SPLITS[-1]), device.precision)
 
 

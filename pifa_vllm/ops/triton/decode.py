@@ -33,56 +33,45 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pifa_vllm.ops.triton.configs import DecodePlan
 from pifa_vllm.ops.triton.partials import load_sum, sum_partials
-from pifa_vllm.ops.triton.shards import count_tiles, locate
+from pifa_vllm.ops.triton.shards import Launch, cdiv, count_tiles, locate
 
 
-def decode(
-    x: Tensor,
-    pivot_weight: Tensor,
-    coefficients: Tensor,
-    out_rows: Tensor,
-    ranks: Sequence[int],
-    out_features: Sequence[int],
-    bias: Tensor | None,
-    plan: DecodePlan,
-) -> Tensor:
-    """Run the two kernels; the arguments are those of `linear_cuda`, with at most `plan.block_tokens` tokens.
+def decode(plan: DecodePlan, n: int, ranks: Sequence[int], out_features: Sequence[int]) -> Launch:
+    """Prepare the kernels for one layer and at most `plan.block_tokens` tokens.
 
     Returns:
+        What runs them: x [tokens, n], `pivot_weight`, `coefficients`, `out_rows` and `bias` of `linear_cuda` to
         [tokens, Σm] in the dtype of x.
     """
-    tokens, n = x.shape
-    pivots = pivot_weight.shape[0]
-    y = x.new_empty(tokens, sum(out_features))
-    splits = plan.splits
-    # A sum that is complete is rounded at once, as it would be before the second product.
-    y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
-    if pivots:
-        grid = (triton.cdiv(pivots, plan.pivots.rows), splits)
-        steps = triton.cdiv(triton.cdiv(n, plan.pivots.k), splits)
-        pivot_kernel[grid](x, pivot_weight, y_p, tokens, pivots, n, steps, **pivot_options(plan))
-    copies = triton.cdiv(pivots, plan.copied)
-    if pivots and splits > 1 and not plan.sums_while_loading:
-        y_p, copies = sum_partials(y_p, out_rows, bias, y, overlap=plan.overlap), 0
+    pivots, columns, splits = sum(ranks), sum(out_features), plan.splits
+    sizes = tuple(ranks), tuple(out_features), columns
+    summed = pivots > 0 and splits > 1 and not plan.sums_while_loading
+    copies = 0 if summed else cdiv(pivots, plan.copied)
     tiles = count_tiles(ranks, out_features, plan.outputs.rows)
-    if tiles + copies:
-        # Without a first launch there is nothing to overlap with.
-        options = output_options(plan if pivots else replace(plan, overlap=False))
-        output_kernel[(tiles + copies,)](
-            y_p,
-            coefficients,
-            out_rows,
-            bias,
-            y,
-            tokens,
-            pivots,
-            tiles,
-            tuple(ranks),
-            tuple(out_features),
-            y.shape[1],
-            **options,
-        )
-    return y
+    steps = cdiv(cdiv(n, plan.pivots.k), splits)
+    first_options = pivot_options(plan)
+    # Without a first launch there is nothing to overlap with.
+    second_options = output_options(plan if pivots else replace(plan, overlap=False))
+    first, second = (cdiv(pivots, plan.pivots.rows), splits), (tiles + copies,)
+
+    def run(
+        x: Tensor, pivot_weight: Tensor, coefficients: Tensor, out_rows: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        tokens = x.shape[0]
+        y = x.new_empty(tokens, columns)
+        # A sum that is complete is rounded at once, as it would be before the second product.
+        y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
+        if pivots:
+            pivot_kernel[first](x, pivot_weight, y_p, tokens, pivots, n, steps, **first_options)
+        if summed:
+            y_p = sum_partials(y_p, out_rows, bias, y, overlap=plan.overlap)
+        if tiles + copies:
+            output_kernel[second](
+                y_p, coefficients, out_rows, bias, y, tokens, pivots, tiles, *sizes, **second_options
+            )
+        return y
+
+    return run
 
 
 def pivot_options(plan: DecodePlan) -> dict[str, Any]:

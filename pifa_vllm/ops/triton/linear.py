@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pifa_vllm.ops.triton.configs import (
     DECODE_TOKENS,
+    bucket,
+    buckets,
     describe,
     plan_decode,
     plan_prefill,
@@ -17,6 +20,25 @@ from pifa_vllm.ops.triton.configs import (
 from pifa_vllm.ops.triton.decode import decode
 from pifa_vllm.ops.triton.prefill import prefill
 from pifa_vllm.ops.triton.quantized import quantized
+from pifa_vllm.ops.triton.shards import Launch
+
+
+class _Layer(NamedTuple):
+    """What the kernels are prepared and compiled for, besides the bucket of the token count."""
+
+    device: int
+    dtype: torch.dtype
+    n: int
+    ranks: tuple[int, ...]
+    out_features: tuple[int, ...]
+    biased: bool
+    in_order: bool
+    stored: tuple[torch.dtype, torch.dtype] | None
+    group_size: int
+
+
+# By the bucket of the token count. A model has few layers, and a process few models.
+_launches: dict[tuple[Any, ...], dict[int, Launch]] = {}
 
 
 def linear_cuda(
@@ -34,9 +56,10 @@ def linear_cuda(
     """Compute y = x Wᵀ + b for stacked matrices in pivoting form (arXiv 2501.19090, section 3) on a GPU.
 
     It checks nothing: shapes, dtypes, devices, contiguity and the range of `out_rows` are the caller's duty, since
-    a wrong one makes the kernels read or write out of bounds. It neither waits for the device nor tunes, so that it
-    can be captured into a CUDA graph once it has been compiled by a call outside of one. Any sizes are right; n and
-    ranks that are multiples of 16 are fast, since others cannot be read 128 bits at a time.
+    a wrong one makes the kernels read or write out of bounds. It neither waits for the device nor tunes. A layer's
+    first call launches whatever calls with as many tokens or fewer will, so that it is compiled: in vLLM that is
+    the profiling run, with the most tokens that a step can have, before any graph is captured. Any sizes are right;
+    n and ranks that are multiples of 16 are fast, since others cannot be read 128 bits at a time.
 
     Args:
         x: [tokens, n] contiguous float32, bfloat16 or float16, tokens > 0.
@@ -55,21 +78,50 @@ def linear_cuda(
         [tokens, Σm] in the dtype of x; sums are float32, y_p is rounded to the dtype of x between the products
         (except for one token whose n is split, where it stays float32).
     """
+    stored = None if pivot_scale is None else (pivot_weight.dtype, coefficients.dtype)
     tokens, n = x.shape
-    bits = 8 * x.element_size()
-    device = describe(x.get_device())
+    about = (bias is not None, out_rows is None, stored, group_size)
+    # As `_Layer`, which takes longer to make.
+    layer = (x.get_device(), x.dtype, n, tuple(ranks), tuple(out_features), *about)
+    prepared = _launches.setdefault(layer, {})
+    launch = prepared.get(bucket(tokens))
+    factors = (pivot_weight, coefficients, out_rows, bias)
+    arguments = factors if stored is None else (*factors, pivot_scale, coefficient_scale)
     # Triton launches on the current device, which need not be that of x.
-    with torch.cuda.device(x.get_device()):
-        if pivot_scale is not None and coefficient_scale is not None:
-            scales = pivot_scale, coefficient_scale, group_size
-            rounded = plan_quantized(device, bits, tokens, n, ranks)
-            return quantized(
-                x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, *scales, rounded
-            )
-        if out_rows is None:
-            raise ValueError("pifa::linear: out_rows: expected on GPUs beside plain factors, found None.")
-        if tokens <= DECODE_TOKENS:
-            plan = plan_decode(device, bits, tokens, n, ranks, out_features)
-            return decode(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, plan)
-        tiles = plan_prefill(device, bits, tokens, n, ranks, out_features)
-        return prefill(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, tiles)
+    with torch.cuda.device(layer[0]):
+        if launch is None:
+            launch = _prepare(_Layer(*layer), prepared, x, arguments)
+        return launch(x, *arguments)
+
+
+def _prepare(
+    layer: _Layer, prepared: dict[int, Launch], x: Tensor, arguments: tuple[Tensor | None, ...]
+) -> Launch:
+    """Prepare a layer for as many tokens as x has and fewer, and compile all kernels but those that x will."""
+    tokens = x.shape[0]
+    # What is launched while a graph is captured would become part of it.
+    capturing = torch.cuda.is_current_stream_capturing()
+    plans: dict[object, Launch] = {}
+    for size in buckets(tokens):
+        if size in prepared or (capturing and size < tokens):
+            continue
+        plan, launch = _plan(layer, size)
+        if plan not in plans and size < tokens:
+            launch(x[:size], *arguments)
+        prepared[size] = plans.setdefault(plan, launch)
+    return prepared[bucket(tokens)]
+
+
+def _plan(layer: _Layer, tokens: int) -> tuple[object, Launch]:
+    device, bits, sizes = describe(layer.device), 8 * layer.dtype.itemsize, layer[2:5]
+    if layer.stored is not None:
+        rounded = plan_quantized(device, bits, tokens, layer.n, layer.ranks)
+        stored = (layer.stored, layer.group_size)
+        return rounded, quantized(rounded, *sizes, *stored, in_order=layer.in_order)
+    if layer.in_order:
+        raise ValueError("pifa::linear: out_rows: expected on GPUs beside plain factors, found None.")
+    if tokens <= DECODE_TOKENS:
+        plan = plan_decode(device, bits, tokens, *sizes)
+        return plan, decode(plan, *sizes)
+    tiles = plan_prefill(device, bits, tokens, *sizes)
+    return tiles, prefill(tiles, *sizes)

@@ -8,12 +8,15 @@ In plain PyTorch:
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from pifa_vllm.ops.triton.shards import cdiv
 
 _TOKENS, _PIVOTS = 8, 64
 
@@ -35,12 +38,13 @@ def sum_partials(
     """
     splits, tokens, pivots = partials.shape
     y_p = y.new_empty(tokens, pivots)
-    sum_kernel[(triton.cdiv(pivots, _PIVOTS), triton.cdiv(tokens, _TOKENS))](
+    sum_kernel[cdiv(pivots, _PIVOTS), cdiv(tokens, _TOKENS)](
         partials, out_rows, bias, y_p, y, tokens, pivots, y.shape[1], **sum_options(splits, overlap=overlap)
     )
     return y_p
 
 
+@cache
 def sum_options(splits: int, *, overlap: bool) -> dict[str, Any]:
     """What `sum_kernel` is compiled for."""
     return {

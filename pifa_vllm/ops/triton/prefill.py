@@ -25,67 +25,46 @@ from torch import Tensor
 
 from pifa_vllm.ops.triton.configs import PrefillPlan, PrefillTile
 from pifa_vllm.ops.triton.partials import sum_partials
-from pifa_vllm.ops.triton.shards import count_tiles, locate
+from pifa_vllm.ops.triton.shards import Launch, cdiv, count_tiles, locate
 
 # Programs that run beside each other share this many tiles of tokens, so that their weights come from L2.
 _GROUP = 8
 
 
-def prefill(
-    x: Tensor,
-    pivot_weight: Tensor,
-    coefficients: Tensor,
-    out_rows: Tensor,
-    ranks: Sequence[int],
-    out_features: Sequence[int],
-    bias: Tensor | None,
-    plan: PrefillPlan,
-) -> Tensor:
-    """Run the two kernels; the arguments are those of `linear_cuda`.
+def prefill(plan: PrefillPlan, n: int, ranks: Sequence[int], out_features: Sequence[int]) -> Launch:
+    """Prepare the kernels for one layer.
 
     Returns:
+        What runs them: x [tokens, n], `pivot_weight`, `coefficients`, `out_rows` and `bias` of `linear_cuda` to
         [tokens, Σm] in the dtype of x.
     """
-    tokens, n = x.shape
-    pivots = pivot_weight.shape[0]
-    y = x.new_empty(tokens, sum(out_features))
-    first, second, splits = plan.pivots, plan.outputs, plan.splits
-    y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
-    if pivots:
-        pivot_kernel[(triton.cdiv(pivots, first.rows) * triton.cdiv(tokens, first.tokens), splits)](
-            x,
-            pivot_weight,
-            y_p,
-            out_rows,
-            bias,
-            y,
-            tokens,
-            pivots,
-            n,
-            y.shape[1],
-            triton.cdiv(triton.cdiv(n, first.k), splits),
-            SPLIT=splits > 1,
-            **options(first, plan.precision),
-        )
-    if pivots and splits > 1:
-        y_p = sum_partials(y_p, out_rows, bias, y)
-    tiles = count_tiles(ranks, out_features, second.rows)
-    if tiles:
-        output_kernel[(tiles * triton.cdiv(tokens, second.tokens),)](
-            y_p,
-            coefficients,
-            out_rows,
-            bias,
-            y,
-            tokens,
-            pivots,
-            tiles,
-            tuple(ranks),
-            tuple(out_features),
-            y.shape[1],
-            **options(second, plan.precision),
-        )
-    return y
+    pivots, columns, splits = sum(ranks), sum(out_features), plan.splits
+    sizes = tuple(ranks), tuple(out_features), columns
+    first, second = plan.pivots, plan.outputs
+    pivot_tiles, tiles = cdiv(pivots, first.rows), count_tiles(ranks, out_features, second.rows)
+    steps = cdiv(cdiv(n, first.k), splits)
+    first_options = {"SPLIT": splits > 1, **options(first, plan.precision)}
+    second_options = options(second, plan.precision)
+
+    def run(
+        x: Tensor, pivot_weight: Tensor, coefficients: Tensor, out_rows: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        tokens = x.shape[0]
+        y = x.new_empty(tokens, columns)
+        y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
+        if pivots:
+            grid = (pivot_tiles * cdiv(tokens, first.tokens), splits)
+            of_layer = (tokens, pivots, n, columns, steps)
+            pivot_kernel[grid](x, pivot_weight, y_p, out_rows, bias, y, *of_layer, **first_options)
+        if pivots and splits > 1:
+            y_p = sum_partials(y_p, out_rows, bias, y)
+        if tiles:
+            output_kernel[(tiles * cdiv(tokens, second.tokens),)](
+                y_p, coefficients, out_rows, bias, y, tokens, pivots, tiles, *sizes, **second_options
+            )
+        return y
+
+    return run
 
 
 def options(tile: PrefillTile, precision: str) -> dict[str, Any]:

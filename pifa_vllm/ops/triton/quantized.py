@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pifa_vllm.ops.triton.configs import QuantizedPlan, Tile
 from pifa_vllm.ops.triton.partials import sum_partials
-from pifa_vllm.ops.triton.shards import count_tiles, locate
+from pifa_vllm.ops.triton.shards import Launch, cdiv, count_tiles, locate
 from pifa_vllm.quantization import groups, row_width
 
 # As the kernels call them.
@@ -37,75 +37,63 @@ KINDS = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
 
 
 def quantized(
-    x: Tensor,
-    pivot_weight: Tensor,
-    coefficients: Tensor,
-    out_rows: Tensor | None,
+    plan: QuantizedPlan,
+    n: int,
     ranks: Sequence[int],
     out_features: Sequence[int],
-    bias: Tensor | None,
-    pivot_scale: Tensor,
-    coefficient_scale: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
     group_size: int,
-    plan: QuantizedPlan,
-) -> Tensor:
-    """Run the two kernels; the arguments are those of `pifa_linear`, with x [tokens, n] contiguous, tokens > 0.
-
-    `out_rows` may be None where there are no coefficients.
+    *,
+    in_order: bool = False,
+) -> Launch:
+    """Prepare the kernels for one layer whose pivot rows and coefficients are stored in `dtypes`.
 
     Returns:
-        [tokens, Σm] in the dtype of x; sums are float32, y_p is rounded to the dtype of x between the products.
+        What runs them: x [tokens, n], `pivot_weight`, `coefficients`, `out_rows`, `bias`, `pivot_scale` and
+        `coefficient_scale` of `linear_cuda` to [tokens, Σm] in the dtype of x. `out_rows` is None if `in_order`,
+        where there are no coefficients.
     """
-    tokens, n = x.shape
-    pivots = pivot_weight.shape[0]
-    y = x.new_empty(tokens, sum(out_features))
-    splits = plan.splits if out_rows is not None else 1
+    pivots, columns = sum(ranks), sum(out_features)
+    splits = 1 if in_order else plan.splits
+    of_pivots, of_rest = (KINDS[dtype] for dtype in dtypes)
+    widths = tuple(row_width(r, dtypes[1]) for r in ranks)
+    sizes = tuple(ranks), tuple(out_features), widths, tuple(groups(r, group_size) for r in ranks), columns
+    pivot_tiles = cdiv(pivots, plan.pivots.rows)
     tiles = count_tiles(ranks, out_features, plan.outputs.rows)
-    y_p = None
-    if tiles or splits > 1:
-        y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
-    token_tiles = triton.cdiv(tokens, plan.block_tokens)
-    if pivots:
-        kind = KINDS[pivot_weight.dtype]
-        pivot_kernel[(triton.cdiv(pivots, plan.pivots.rows), token_tiles, splits)](
-            x,
-            pivot_weight.view(torch.int8) if kind == "fp8" else pivot_weight,
-            pivot_scale,
-            y_p,
-            out_rows,
-            bias,
-            y,
-            tokens,
-            pivots,
-            n,
-            row_width(n, pivot_weight.dtype),
-            groups(n, group_size),
-            y.shape[1],
-            triton.cdiv(triton.cdiv(n, plan.pivots.k), splits),
-            SPLIT=splits > 1,
-            **options(plan, plan.pivots, kind, group_size),
-        )
-    if pivots and splits > 1 and y_p is not None and out_rows is not None:
-        y_p = sum_partials(y_p, out_rows, bias, y)
-    if tiles:
-        kind = KINDS[coefficients.dtype]
-        output_kernel[(tiles, token_tiles)](
-            y_p,
-            coefficients.view(torch.int8) if kind == "fp8" else coefficients,
-            coefficient_scale,
-            out_rows,
-            bias,
-            y,
-            tokens,
-            pivots,
-            tuple(ranks),
-            tuple(out_features),
-            tuple(row_width(r, coefficients.dtype) for r in ranks),
-            tuple(groups(r, group_size) for r in ranks),
-            y.shape[1],
-            **options(plan, plan.outputs, kind, group_size),
-        )
-    return y
+    steps = cdiv(cdiv(n, plan.pivots.k), splits)
+    of_layer = (pivots, n, row_width(n, dtypes[0]), groups(n, group_size), columns, steps)
+    first_options = {"SPLIT": splits > 1, **options(plan, plan.pivots, of_pivots, group_size)}
+    second_options = options(plan, plan.outputs, of_rest, group_size)
+
+    def run(
+        x: Tensor,
+        pivot_weight: Tensor,
+        coefficients: Tensor,
+        out_rows: Tensor | None,
+        bias: Tensor | None,
+        pivot_scale: Tensor,
+        coefficient_scale: Tensor,
+    ) -> Tensor:
+        tokens = x.shape[0]
+        token_tiles = cdiv(tokens, plan.block_tokens)
+        y, y_p = x.new_empty(tokens, columns), None
+        if tiles or splits > 1:
+            y_p = x.new_empty(splits, tokens, pivots, dtype=x.dtype if splits == 1 else torch.float32)
+        if pivots:
+            numbers = pivot_weight.view(torch.int8) if of_pivots == "fp8" else pivot_weight
+            pivot_kernel[pivot_tiles, token_tiles, splits](
+                x, numbers, pivot_scale, y_p, out_rows, bias, y, tokens, *of_layer, **first_options
+            )
+        if pivots and splits > 1 and y_p is not None and out_rows is not None:
+            y_p = sum_partials(y_p, out_rows, bias, y)
+        if tiles:
+            numbers = coefficients.view(torch.int8) if of_rest == "fp8" else coefficients
+            output_kernel[tiles, token_tiles](
+                y_p, numbers, coefficient_scale, out_rows, bias, y, tokens, pivots, *sizes, **second_options
+            )
+        return y
+
+    return run
 
 
 def options(plan: QuantizedPlan, tile: Tile, kind: str, group_size: int) -> dict[str, Any]:

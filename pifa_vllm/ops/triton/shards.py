@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# What is prepared for a layer and a plan, and launches its kernels.
+Launch = Callable[..., Tensor]
+
+
+def cdiv(size: int, block: int) -> int:
+    """Count the blocks that a size takes; triton.cdiv takes microseconds."""
+    return -(-size // block)
 
 
 def count_tiles(ranks: Sequence[int], out_features: Sequence[int], block: int) -> int:
     """Count the tiles of `block` remaining rows of all shards; no tile spans two shards."""
-    return sum(triton.cdiv(m - r, block) for r, m in zip(ranks, out_features, strict=True))
+    return sum(cdiv(m - r, block) for r, m in zip(ranks, out_features, strict=True))
 
 
 @triton.jit

@@ -60,6 +60,13 @@ def test_the_spread_of_windows_that_both_share_is_no_uncertainty(results: dict[s
     assert pair_table({**results, "against": None}, "a") is None
 
 
+def test_a_directory_is_compared_with_the_first_seed_that_it_was_made_from(results: dict[str, Any]) -> None:
+    results["rows"].append(row("healed", [2.4, 4.4, 3.3], 0.8))
+    lines = (pair_table(results, "a") or "").splitlines()
+    error = statistics.stdev([0.1, 0.2, 0.1]) / math.sqrt(3)
+    assert lines[-1] == f"| healed | 0.8 | -0.1333 ± {error:.4f} | 0 |"
+
+
 def test_every_text_has_its_tables(results: dict[str, Any]) -> None:
     found = list(tables(results))
     assert found[0] == "a (a.txt), 3 windows of 1024 tokens"

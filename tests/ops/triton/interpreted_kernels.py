@@ -93,6 +93,20 @@ def _dot(monkeypatch):
     )
 
 
+def run(kernels, args, plan):
+    x, *factors, ranks, out_features, bias = args
+    return kernels(plan, x.shape[1], ranks, out_features)(x, *factors, bias)
+
+
+def run_quantized(args, plan):
+    x, numbers, rest, out_rows, ranks, out_features, bias, *scales, group = args
+    in_order = out_rows is None
+    layer = quantized(
+        plan, x.shape[1], ranks, out_features, (numbers.dtype, rest.dtype), group, in_order=in_order
+    )
+    return layer(x, numbers, rest, out_rows, bias, *scales)
+
+
 def decode_plan(tokens, splits=1, rows=32, k=64):
     bucket = next(b for b in (1, 16, 32, 64, 128) if tokens <= b)
     return DecodePlan(bucket, splits, Tile(rows, k, 4, 3), Tile(rows, k, 4, 3))
@@ -108,7 +122,7 @@ def prefill_plan(tokens, splits=1):
 def test_decode(tokens, ranks, out_features, n):
     for with_bias, splits in ((True, 1), (False, 2)):
         args = arguments(tokens, n, ranks, out_features, with_bias, torch.float32)
-        check(decode(*args, decode_plan(tokens, splits)), args)
+        check(run(decode, args, decode_plan(tokens, splits)), args)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -116,32 +130,32 @@ def test_decode(tokens, ranks, out_features, n):
 def test_prefill(tokens, ranks, out_features, n):
     for with_bias, splits in ((True, 1), (False, 2)):
         args = arguments(tokens, n, ranks, out_features, with_bias, torch.float32)
-        check(prefill(*args, prefill_plan(tokens, splits)), args)
+        check(run(prefill, args, prefill_plan(tokens, splits)), args)
 
 
 def test_prefill_walks_every_tile_of_many_tokens():
     args = arguments(300, 20, (5, 3), (40, 21), True, torch.float32)
     small = PrefillTile(16, 16, 16, 4, 2, 1.0)
     for splits in (1, 2):
-        check(prefill(*args, PrefillPlan(small, small, splits)), args)
+        check(run(prefill, args, PrefillPlan(small, small, splits)), args)
 
 
-@pytest.mark.parametrize("run", [decode, prefill])
+@pytest.mark.parametrize("kernels", [decode, prefill])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_16_bit(run, dtype, tokens):
+def test_16_bit(kernels, dtype, tokens):
     for splits in (1, 4):
         args = arguments(tokens, 123, (32, 17), (123, 64), True, dtype)
-        plan = (prefill_plan if run is prefill else decode_plan)(tokens, splits)
-        check(run(*args, plan), args)
+        plan = (prefill_plan if kernels is prefill else decode_plan)(tokens, splits)
+        check(run(kernels, args, plan), args)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 def test_splits_beyond_the_inputs_add_nothing(splits):
     for tokens in (1, 3):
         args = arguments(tokens, 70, (5, 20), (50, 60), True, torch.float32)
-        check(decode(*args, decode_plan(tokens, splits)), args)
-        check(prefill(*args, prefill_plan(tokens, splits)), args)
+        check(run(decode, args, decode_plan(tokens, splits)), args)
+        check(run(prefill, args, prefill_plan(tokens, splits)), args)
 
 
 def test_every_output_has_its_own_place():
@@ -152,7 +166,7 @@ def test_every_output_has_its_own_place():
     picks = [(0, 1), (1, 0, 1, 0)]
     args[2] = torch.cat([torch.eye(r)[list(p)].flatten() for r, p in zip(ranks, picks, strict=True)])
     stacked = torch.cat([args[0], args[0][:, [0, 1]], args[0][:, [4, 3, 4, 3]]], dim=1)
-    for y in (decode(*args, decode_plan(2)), prefill(*args, prefill_plan(2))):
+    for y in (run(decode, args, decode_plan(2)), run(prefill, args, prefill_plan(2))):
         assert torch.equal(y[:, args[3].long()], stacked)
 
 
@@ -204,7 +218,7 @@ def test_quantized_factors(kind, tokens):
     for ranks, out_features, n in [ONE[-1], *SEVERAL] if tokens < 123 else SEVERAL[2:4]:
         for with_bias, splits in ((True, 1), (False, 2)):
             args, wanted = quantized_arguments(kind, tokens, n, ranks, out_features, with_bias, torch.float32)
-            check_quantized(quantized(*args, quantized_plan(tokens, splits)), wanted, torch.float32)
+            check_quantized(run_quantized(args, quantized_plan(tokens, splits)), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -213,7 +227,7 @@ def test_quantized_factors(kind, tokens):
 def test_quantized_factors_of_16_bit_activations(kind, tokens, dtype):
     for splits in (1, 4):
         args, wanted = quantized_arguments(kind, tokens, 300, (32, 17), (123, 64), True, dtype)
-        check_quantized(quantized(*args, quantized_plan(tokens, splits)), wanted, dtype)
+        check_quantized(run_quantized(args, quantized_plan(tokens, splits)), wanted, dtype)
 
 
 @pytest.mark.parametrize("k", [32, 64, 256])
@@ -221,7 +235,7 @@ def test_quantized_factors_of_16_bit_activations(kind, tokens, dtype):
 def test_groups_longer_and_shorter_than_a_tile(kind, k):
     for tokens in (1, 5):
         args, wanted = quantized_arguments(kind, tokens, 600, (40,), (90,), True, torch.float32)
-        check_quantized(quantized(*args, quantized_plan(tokens, 1, 16, k)), wanted, torch.float32)
+        check_quantized(run_quantized(args, quantized_plan(tokens, 1, 16, k)), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -232,7 +246,7 @@ def test_a_dense_quantized_matrix_comes_out_in_order(kind, tokens):
         args = (*args[:3], None, *args[4:])
         wanted = pifa_linear_reference(*args)
         # Two splits are for where the pivot rows have columns of their own; here the plan's are not taken.
-        check_quantized(quantized(*args, quantized_plan(tokens, 2)), wanted.double(), torch.float32)
+        check_quantized(run_quantized(args, quantized_plan(tokens, 2)), wanted.double(), torch.float32)
 
 
 def test_every_8_bit_float_is_read_as_it_is():
@@ -242,4 +256,4 @@ def test_every_8_bit_float_is_read_as_it_is():
         torch.ones(1, 1), numbers[:, None], numbers[:0], None, (len(numbers),), (len(numbers),), None,
         torch.ones(len(numbers), 1).half(), torch.ones(0).half(), 0,
     )  # fmt: skip
-    assert torch.equal(quantized(*args, quantized_plan(1))[0], numbers.float())
+    assert torch.equal(run_quantized(args, quantized_plan(1))[0], numbers.float())
