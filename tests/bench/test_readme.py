@@ -11,7 +11,7 @@ import pytest
 
 from pifa_vllm.bench import RESULTS
 from pifa_vllm.bench.gpu.cost_model import layer_table
-from pifa_vllm.bench.layer.report import block_table, ratio_table
+from pifa_vllm.bench.layer.report import block_table, quantized_table, ratio_table
 from pifa_vllm.bench.quality.losses import measured, tables
 from pifa_vllm.bench.quality.plan import read_plan
 from pifa_vllm.bench.quality.report import cost_table, perplexity_table
@@ -185,6 +185,17 @@ def test_layer_tables_are_those_of_the_committed_results():
     assert ratio_table(squares, 0.5) in readme
     block = json.loads((RESULTS / "layer-cpu-llama2-7b.json").read_text())
     assert block_table(block, 0.5, "LLaMA-2-7B block") in readme
+    assert quantized_table(read("layer-cpu-quantized.json"), 0.5) in readme
+
+
+def test_what_a_call_costs_the_processor_is_the_committed_range():
+    rows = read("host-calls.json")["rows"]
+    (call, check) = ([row[name]["median"] for row in rows] for name in ("call_us", "check_us"))
+    text = (
+        f"{min(call):.0f} to {max(call):.0f} µs of Python besides Triton's own launch, and {min(check):.0f} to "
+        f"{max(check):.0f} of checks"
+    )
+    assert text in (PACKAGE / "ops/README.md").read_text()
 
 
 def test_the_table_of_gpus_is_the_committed_prediction_and_says_so():

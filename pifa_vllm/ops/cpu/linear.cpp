@@ -124,11 +124,22 @@ Layer<X, M> layer_of(int64_t n, int64_t pivots, const M& pivot_weight, at::IntAr
 void run_library(const at::Tensor& x, const at::Tensor& pivot_weight, const at::Tensor& coefficients,
                  const OptionalTensor& out_rows, at::IntArrayRef ranks, at::IntArrayRef out_features,
                  const OptionalTensor& bias, at::Tensor& y) {
-  const at::Tensor flat = y.view({-1, y.size(-1)});
-  const at::Tensor y_p = at::linear(x.view({-1, x.size(-1)}), pivot_weight);  // [tokens, Σr]
-  const auto place = [&](int64_t stacked, const at::Tensor& values) {
-    if (out_rows) flat.index_copy_(1, out_rows->narrow(0, stacked, values.size(1)).to(at::kLong), values);
-    else flat.narrow(1, stacked, values.size(1)).copy_(values);
+  const int64_t tokens = y.numel() / y.size(-1), outputs = y.size(-1);
+  const at::Tensor y_p = at::linear(x.view({tokens, x.size(-1)}), pivot_weight);  // [tokens, Σr]
+  bfloat16* const out = static_cast<bfloat16*>(y.mutable_data_ptr());
+  // index_copy_ goes through all tokens for each column, and takes longer than the products.
+  const auto place = [&](int64_t stacked, const at::Tensor& values) {  // [tokens, count], contiguous
+    const int64_t count = values.size(1);
+    const bfloat16* const from = data<bfloat16>(values);
+    const int32_t* const columns = out_rows ? data<int32_t>(*out_rows) + stacked : nullptr;
+    at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const bfloat16* const row = from + t * count;
+        bfloat16* const to = out + t * outputs;
+        if (columns) for (int64_t i = 0; i < count; ++i) to[columns[i]] = row[i];
+        else std::copy_n(row, count, to + stacked);
+      }
+    });
   };
   place(0, y_p);
   int64_t pivot = 0, stacked = y_p.size(1), number = 0;
@@ -140,7 +151,44 @@ void run_library(const at::Tensor& x, const at::Tensor& pivot_weight, const at::
     stacked += rest;
     number += rest * rank;
   }
-  if (bias) flat.add_(*bias);
+  if (bias) y.add_(*bias);
+}
+
+// bfloat16 [rows, k] of quantized numbers, for the library.
+template <typename Q>
+void narrow_rows(const Quantized& w, bfloat16* out) {
+  constexpr int64_t kBlocks = kChunk / kBlock;
+  at::parallel_for(0, w.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float scales[kBlocks];
+      for (int64_t b = 0; b * kBlock < w.k; ++b) {
+        if (b % kBlocks == 0) w.read_scales(r, b / kBlocks, scales);
+        vint wide[kParts];
+        const int64_t count = std::min<int64_t>(kBlock, w.k - b * kBlock);
+        if (count == kBlock) Q::read(w.row(r), b, wide);
+        else read_last<Q>(w.row(r), w.k, wide);
+        int16_t numbers[kBlock];
+        std::memcpy(numbers, wide, sizeof numbers);
+        const float scale = scales[b % kBlocks / w.segment];
+        for (int64_t i = 0; i < count; ++i) from_float(float(numbers[i]) * scale, out + r * w.k + b * kBlock + i);
+      }
+    }
+  });
+}
+
+// The factors of a layer as the library takes them: pivot rows, and coefficients one matrix after another.
+std::pair<at::Tensor, at::Tensor> narrow(const Layer<bfloat16, Quantized>& layer, const at::TensorOptions& options) {
+  int64_t numbers = 0;
+  for (const auto& shard : layer.shards) numbers += shard.rest * shard.rank;
+  const at::Tensor pivots = at::empty({layer.pivots, layer.n}, options), rest = at::empty({numbers}, options);
+  const auto write = [](const Quantized& w, bfloat16* out) {
+    if (w.four) narrow_rows<Int4>(w, out);
+    else narrow_rows<Int8>(w, out);
+  };
+  write(layer.pivot_weight, static_cast<bfloat16*>(pivots.mutable_data_ptr()));
+  bfloat16* next = static_cast<bfloat16*>(rest.mutable_data_ptr());
+  for (const auto& shard : layer.shards) write(shard.coefficients, std::exchange(next, next + shard.rest * shard.rank));
+  return {pivots, rest};
 }
 
 int64_t width(at::ScalarType stored, int64_t k) { return stored == at::kByte ? Int4::width(k) : k; }
@@ -248,8 +296,9 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
   at::Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
   // Calling the library costs what small layers take.
+  const int64_t tokens = y.numel() / outputs;
   const int64_t most = pivot_weight.numel() + coefficients.numel() > 1 << 20 ? 4 : 2 * kLanes;
-  if (!quantized && kNativeBfloat16 && dtype == at::kBFloat16 && y.numel() / outputs > most) {
+  if (!quantized && kNativeBfloat16 && dtype == at::kBFloat16 && tokens > most) {
     run_library(x, pivot_weight, coefficients, out_rows, ranks, out_features, bias, y);
     return y;
   }
@@ -279,7 +328,16 @@ at::Tensor linear(const at::Tensor& any_x, const at::Tensor& pivot_weight, const
       found.scales += std::exchange(group, group + rows * found.groups);
       return found;
     };
-    finish(layer_of<X>(n, pivots, matrix(pivot_weight, *pivot_scale, pivots, n), ranks, out_features, shard), zero);
+    const auto layer = layer_of<X>(n, pivots, matrix(pivot_weight, *pivot_scale, pivots, n), ranks, out_features, shard);
+    if constexpr (kNativeBfloat16 && std::is_same_v<X, bfloat16>) {
+      // So many that the library's products win more than widening all weights costs.
+      if (tokens > 8 * kLanes) {
+        const auto [wide, rest] = narrow(layer, x.options());
+        run_library(x, wide, rest, out_rows, ranks, out_features, bias, y);
+        return;
+      }
+    }
+    finish(layer, zero);
   };
   const auto typed = [&](auto zero) {
     if (quantized) integers(zero);

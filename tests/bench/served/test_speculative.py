@@ -51,8 +51,9 @@ def test_one_drafted_token_pays_from_the_cost_ratio_on():
     assert break_even(2, 1.0) is None
 
 
-def test_the_tables_of_the_readme_are_the_generated_ones():
-    results = json.loads((RESULTS / "speculative-smollm2.json").read_text())
+@pytest.mark.parametrize("name", ["speculative-smollm2.json", "speculative-healed.json"])
+def test_the_tables_of_the_readme_are_the_generated_ones(name):
+    results = json.loads((RESULTS / name).read_text())
     assert results["command"].startswith("pifa-vllm bench speculative ")
     assert results["machine"]["cpu"]
     assert speculative_table(results) in README.read_text()

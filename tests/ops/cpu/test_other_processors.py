@@ -27,6 +27,10 @@ for tokens in (1, 4, 5, 8, 9, 70):
 # So large that the library has them from five tokens on.
 layer, x = Layer.random([700, 300], [1000, 400], 900, torch.bfloat16), torch.randn(5, 900).bfloat16()
 check(pifa_linear(x, *layer.arguments()), layer.expected(x), torch.bfloat16)
+for stored, group in ((torch.int8, 0), (torch.int8, 128), (torch.uint8, 32), (torch.uint8, 256)):
+    arguments, stands_for = Layer.random([270, 0, 33], [600, 5, 40], 523).quantized(stored, torch.int8, group)
+    x = torch.randn(130, 523).bfloat16()
+    check(pifa_linear(x, *arguments), stands_for.expected(x), torch.bfloat16)
 weight, x = torch.randn(9, 5).bfloat16(), torch.randn(40, 5).bfloat16()
 check(pifa_linear(x, weight, weight.new_empty(0), None, [9], [9]), x.double() @ weight.double().T, torch.bfloat16)
 """
