@@ -26,6 +26,7 @@ from pifa_vllm.errors import PifaError
 from pifa_vllm.factorization import pifa_rank
 from pifa_vllm.ops import Matrix, pifa_linear, pivot_columns_linear
 from pifa_vllm.ops.reference import pifa_linear_reference
+from pifa_vllm.ops.triton import configs, decode, partials, prefill
 from pifa_vllm.quantization import round_to_nearest
 
 # Relative to the largest output, against float64 on the rounded factors; y_p is rounded in between.
@@ -45,6 +46,7 @@ REAL_SHAPES = (
     ((1664, 1664), (11008, 11008), 4096),
 )
 TOKENS_TO_CHECK = (1, 2, 5, 16, 17, 64, 65, 123, 300)
+MOST_TOKENS = 16_384
 
 
 def gpu_check(output: Path, *, seconds: float = 420.0, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def gpu_check(output: Path, *, seconds: float = 420.0, say: Callable[[str], None
         raise PifaError("make gpu-check: expected a GPU that torch can use, found none.")
     start = time.monotonic()
     checked = check_values("cuda") + check_quantized("cuda") + check_graph() + check_compile("cuda")
+    checked += check_plans("cuda", configs.describe(torch.cuda.current_device()))
     say(f"{checked} outputs are right ({time.monotonic() - start:.0f} s)")
     name = torch.cuda.get_device_name()
     rows = []
@@ -126,6 +129,49 @@ def check_values(device: str) -> int:
     finally:
         torch.use_deterministic_algorithms(deterministic)
     return checked
+
+
+def check_plans(device: str, gpu: configs.Device, models: Sequence[str] = ("llama2-7b", "llama3-8b")) -> int:
+    """Compare every plan that serving can choose with float64; returns how many outputs were compared.
+
+    That is one token count per plan, up to `MOST_TOKENS`, of each layer at density 0.5 in bfloat16. The largest
+    comes first, as in vLLM, and nothing may be compiled after it.
+
+    Raises:
+        PifaError: naming the first case that is wrong.
+    """
+    checked = 0
+    for layer in (layer for model in models for layer in SHAPES[model]):
+        n, sizes = layer.n, layer.out_features
+        ranks = layer_ranks(layer, 0.5, pifa_rank)
+        factors = random_factors(ranks, sizes, n, torch.bfloat16, device)
+        counts: dict[object, int] = {}
+        for tokens in configs.buckets(MOST_TOKENS):
+            few = tokens <= configs.DECODE_TOKENS
+            plan = (configs.plan_decode if few else configs.plan_prefill)(gpu, 16, tokens, n, ranks, sizes)
+            counts[plan] = tokens
+        compiled = None
+        for tokens in sorted({*counts.values(), MOST_TOKENS}, reverse=True):
+            x = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
+            y = pifa_linear(x, *factors, ranks, sizes)
+            case = f"{layer.name}, ranks {tuple(ranks)}, out_features {sizes}, n {n}, {tokens} tokens"
+            # A part of the tokens at a time: float64 takes four times the memory.
+            for part, rows in zip(torch.split(y, 1024), torch.split(x, 1024), strict=True):
+                _compare(part, _float64(rows, *factors, ranks, sizes, None), case)
+            compiled = compiled or _variants()
+            if _variants() != compiled:
+                raise PifaError(
+                    f"gpu-check: {case}: a kernel was compiled after the call with the most tokens."
+                )
+            checked += 1
+    return checked
+
+
+def _variants() -> int:
+    """Count what Triton has compiled of the kernels for plain factors."""
+    kernels = (decode.pivot_kernel, decode.output_kernel, prefill.pivot_kernel, prefill.output_kernel)
+    caches = (cache for kernel in (*kernels, partials.sum_kernel) for cache in kernel.device_caches.values())
+    return sum(len(cache[0]) for cache in caches)
 
 
 def check_quantized(device: str) -> int:
