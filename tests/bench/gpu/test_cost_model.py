@@ -52,6 +52,16 @@ def test_one_token_of_a_large_layer_costs_its_share_of_bytes():
     assert 1.9 < dense / pifa < 2.0
 
 
+def test_the_table_shows_the_range_that_dense_may_reach_and_measurements_have_none():
+    results = cost_model.predict()
+    low, high = layer_table(results, 0.5).splitlines()[4].split(" | ")[-1].removesuffix(" |").split(" to ")
+    # Large prefills are bound by arithmetic, of both.
+    assert abs(float(low) - cost_model.TRITON_SHARES[1] * float(high)) < 0.01
+    for row in results["rows"]:
+        del row["fast_dense_us"]
+    assert " to " not in layer_table(results, 0.5).splitlines()[4]
+
+
 def test_table_has_a_row_per_gpu_and_model_and_leaves_gaps():
     results = cost_model.predict()
     results["rows"][0]["pifa_us"][2] = None
