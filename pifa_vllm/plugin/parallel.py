@@ -95,8 +95,10 @@ def _all_gather(y: Tensor) -> Tensor:
 def _reduce_scatter(y: Tensor) -> Tensor:
     """[..., t·share] to the sum over the ranks of this rank's [..., share]."""
     if y.device.type != "cpu":
-        own: Tensor = tensor_model_parallel_reduce_scatter(y)
-        return own
+        # vLLM exchanges the last axis with the first by moving the first only, which is right of two axes; its
+        # Transformers backend has three.
+        own: Tensor = tensor_model_parallel_reduce_scatter(y.flatten(0, -2))
+        return own.reshape(*y.shape[:-1], own.shape[-1])
     # vLLM's CPU communicator reduces in shared memory where it can, but scatters through torch.distributed only.
     share = y.shape[-1] // get_tensor_model_parallel_world_size()
     begin = get_tensor_model_parallel_rank() * share

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("vllm")
 
 from pifa_vllm.factorization import PIFA
+from pifa_vllm.plugin import parallel
 from pifa_vllm.plugin.column import ColumnLayout
 from pifa_vllm.plugin.layout import Parameters, Shard
 from pifa_vllm.plugin.row import RowLayout
@@ -177,3 +178,17 @@ def test_row_ranks_sum_to_the_layer(rank, tp_size):
         total = total + layout.apply(parameters, x[:, begin:end], bias if i == 0 else None)
     torch.testing.assert_close(total, x @ matrix.T + bias, rtol=1e-4, atol=1e-4)
     assert numbers == rank * n + (m - rank) * rank
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 5, 8)])
+def test_sums_are_scattered_over_features_whatever_the_axes_before(monkeypatch, shape):
+    ranks = 2
+
+    def as_on_gpus(y, dim=-1):
+        # What vLLM's communicator for CUDA does, but for the sum.
+        moved = y.movedim(0, dim + y.dim())
+        return moved[: moved.shape[0] // ranks].movedim(0, dim + y.dim())
+
+    monkeypatch.setattr(parallel, "tensor_model_parallel_reduce_scatter", as_on_gpus)
+    y = torch.empty(shape, device="meta")
+    assert parallel._reduce_scatter(y).shape == (*shape[:-1], shape[-1] // ranks)
