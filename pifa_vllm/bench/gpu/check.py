@@ -147,9 +147,7 @@ def check_plans(device: str, gpu: configs.Device, models: Sequence[str] = ("llam
         factors = random_factors(ranks, sizes, n, torch.bfloat16, device)
         counts: dict[object, int] = {}
         for tokens in configs.buckets(MOST_TOKENS):
-            few = tokens <= configs.DECODE_TOKENS
-            plan = (configs.plan_decode if few else configs.plan_prefill)(gpu, 16, tokens, n, ranks, sizes)
-            counts[plan] = tokens
+            counts[configs.plan_plain(gpu, 16, tokens, n, ranks, sizes)] = tokens
         compiled = None
         for tokens in sorted({*counts.values(), MOST_TOKENS}, reverse=True):
             x = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)

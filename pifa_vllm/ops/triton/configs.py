@@ -188,6 +188,14 @@ def describe(index: int) -> Device:
     return Device(_family(properties.major, properties.minor), properties.multi_processor_count)
 
 
+def plan_plain(
+    device: Device, bits: int, tokens: int, n: int, ranks: Sequence[int], out_features: Sequence[int]
+) -> DecodePlan | PrefillPlan:
+    """Choose the kernels for plain factors, and how they are launched."""
+    plan = plan_decode if tokens <= DECODE_TOKENS else plan_prefill
+    return plan(device, bits, tokens, n, ranks, out_features)
+
+
 def plan_decode(
     device: Device, bits: int, tokens: int, n: int, ranks: Sequence[int], out_features: Sequence[int]
 ) -> DecodePlan:

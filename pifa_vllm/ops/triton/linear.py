@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from pifa_vllm.ops.triton.configs import (
-    DECODE_TOKENS,
+    DecodePlan,
     bucket,
     buckets,
     describe,
-    plan_decode,
-    plan_prefill,
+    plan_plain,
     plan_quantized,
 )
 from pifa_vllm.ops.triton.decode import decode
@@ -120,8 +119,5 @@ def _plan(layer: _Layer, tokens: int) -> tuple[object, Launch]:
         return rounded, quantized(rounded, *sizes, *stored, in_order=layer.in_order)
     if layer.in_order:
         raise ValueError("pifa::linear: out_rows: expected on GPUs beside plain factors, found None.")
-    if tokens <= DECODE_TOKENS:
-        plan = plan_decode(device, bits, tokens, *sizes)
-        return plan, decode(plan, *sizes)
-    tiles = plan_prefill(device, bits, tokens, *sizes)
-    return tiles, prefill(tiles, *sizes)
+    plan = plan_plain(device, bits, tokens, *sizes)
+    return plan, decode(plan, *sizes) if isinstance(plan, DecodePlan) else prefill(plan, *sizes)
